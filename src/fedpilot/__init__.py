@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning across clients that differ in memory."""

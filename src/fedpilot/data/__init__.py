@@ -1,0 +1,1 @@
+"""Data sets in, one client's examples out."""

@@ -1,0 +1,197 @@
+"""One training step and its settings: the code that clients run and that the memory profile traces.
+
+The step is free of data-dependent branches and of host synchronisation, so the same lines run on the CPU, on a GPU and
+on the meta device; whoever holds a real loss checks it with `checked`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from fedpilot.errors import TrainingError
+from fedpilot.types import Penalty
+
+Batch: TypeAlias = Mapping[str, torch.Tensor]
+"""The model's inputs by name, first axis the examples, and ``labels``: (examples,), or (examples, length) of a text."""
+
+IGNORED = -100
+"""Label of a position that counts neither in the loss nor in a mean."""
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "optimiser": ("adamw", "sgd", "momentum"),
+    "autocast": ("float32", "bf16"),
+    "schedule": ("constant", "cosine"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a client trains.
+
+    Attributes:
+        learning_rate: Of the first round.
+        optimiser: ``momentum`` is SGD with ``momentum``.
+        batch_size: Examples of one optimiser step.
+        local_epochs: Passes over the client's data in a round.
+        max_steps: Most optimiser steps in a round; ``None`` for no cap.
+        weight_decay: Decoupled for AdamW, added to the gradient for SGD.
+        momentum: Factor of the ``momentum`` optimiser.
+        max_grad_norm: Norm over all gradients together that a step is clipped to; ``None`` for no clipping.
+        autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are.
+        schedule: Of the learning rate over rounds.
+        min_lr_ratio: Share of ``learning_rate`` that the cosine falls to.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names all that do.
+    """
+
+    learning_rate: float
+    optimiser: Literal["adamw", "sgd", "momentum"] = "adamw"
+    batch_size: int = 16
+    local_epochs: int = 1
+    max_steps: int | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    max_grad_norm: float | None = 1.0
+    autocast: Literal["float32", "bf16"] = "float32"
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                yield f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+        for name in ("batch_size", "local_epochs", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name} must be at least 1, got {value}"
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                yield f"{name} must be positive and finite, got {value}"
+        if not 0 <= self.weight_decay < math.inf:
+            yield f"weight_decay must be zero or more, got {self.weight_decay}"
+        if not 0 <= self.momentum < 1:
+            yield f"momentum must be in [0, 1), got {self.momentum}"
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}"
+
+    def learning_rate_at(self, round: int, num_rounds: int) -> float:
+        """Learning rate of a round, counted from 1; the first has the full rate, and none is spent on the last minimum.
+
+        >>> settings = TrainingSettings(learning_rate=0.1, schedule="cosine", min_lr_ratio=0.5)
+        >>> [round(settings.learning_rate_at(number, 2), 4) for number in (1, 2)]
+        [0.1, 0.075]
+        """
+        if self.schedule == "constant":
+            return self.learning_rate
+        share = (1 + math.cos(math.pi * (round - 1) / num_rounds)) / 2
+        return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * share)
+
+
+def make_optimiser(
+    parameters: Iterable[nn.Parameter], settings: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    """A fresh optimiser that updates one tensor at a time.
+
+    Updating all tensors at once (``foreach``) is chosen by device and needs scratch for all of them: it would make the
+    traced and the measured peak differ.
+    """
+    decay = settings.weight_decay
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=decay, foreach=False, fused=False)
+    momentum = settings.momentum if settings.optimiser == "momentum" else 0.0
+    return torch.optim.SGD(
+        parameters, lr=learning_rate, momentum=momentum, weight_decay=decay, foreach=False, fused=False
+    )
+
+
+def num_targets(batch: Batch) -> torch.Tensor:
+    """How many targets the batch's mean loss is over: examples, or next words; a scalar on the batch's device."""
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        return torch.full((), labels.shape[0], dtype=torch.float32, device=labels.device)
+    return (labels[:, 1:] != IGNORED).sum().float()
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch cut into views of at most ``size`` examples; ``None`` leaves it whole."""
+    examples = batch["labels"].shape[0]
+    if size is None or size >= examples:
+        return [batch]
+    return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, examples, size)]
+
+
+def backward(
+    forward_loss: Callable[[Batch], torch.Tensor], micro_batches: Sequence[Batch], autocast: str, device_type: str
+) -> torch.Tensor:
+    """Adds the gradient of the batch's mean loss to ``.grad``, however the batch is cut; returns that mean, detached."""
+    counts = [num_targets(batch) for batch in micro_batches]
+    total = torch.stack(counts).sum().clamp(min=1)
+    result: torch.Tensor | None = None
+    for batch, count in zip(micro_batches, counts, strict=True):
+        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast == "bf16"):
+            loss = forward_loss(batch)
+        if len(micro_batches) > 1:
+            loss = loss * (count / total)
+        loss.backward()  # type: ignore[no-untyped-call]
+        result = loss.detach() if result is None else result + loss.detach()
+        del loss  # else the graph's last values outlive the next forward pass
+    assert result is not None, "a batch has at least one micro-batch"
+    return result
+
+
+def train_step(
+    forward_loss: Callable[[Batch], torch.Tensor],
+    micro_batches: Sequence[Batch],
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    penalty: Penalty | None = None,
+) -> torch.Tensor:
+    """One optimiser step.
+
+    Args:
+        forward_loss: Mean loss over a micro-batch's targets, a scalar.
+        micro_batches: The batch in pieces; their mean is weighted by targets, so the pieces do not show in the result.
+        optimiser: Over ``parameters``.
+        parameters: What is trained, by global name.
+        settings: Clipping and autocast.
+        penalty: Added to the loss once, with the live parameters.
+
+    Returns:
+        Mean loss of the batch without the penalty, detached; pass it to `checked` where it is real.
+    """
+    optimiser.zero_grad(set_to_none=True)
+    device_type = next(iter(parameters.values())).device.type
+    loss = backward(forward_loss, micro_batches, settings.autocast, device_type)
+    if penalty is not None:
+        penalty(parameters).backward()  # type: ignore[no-untyped-call]
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm, foreach=False)
+    optimiser.step()
+    return loss
+
+
+def checked(loss: torch.Tensor, step: int) -> float:
+    """The loss as a number.
+
+    Raises:
+        TrainingError: It is not finite.
+    """
+    value = float(loss)
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"training loss must be finite, got {value} at local step {step}; "
+            "lower the learning rate, set max_grad_norm, or look for broken examples in this client's data"
+        )
+    return value

@@ -1,0 +1,296 @@
+"""The nouns of a round and the protocols between its parts.
+
+A round is data moving one way: plan, distribute, local update, upload, aggregate, evaluate, record. Each
+arrow carries one of the frozen values below. Shapes are written in words: ``(rank, in)``, ``(out, rank)``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
+"""Named tensors: ``<module>.lora_A`` (rank, in), ``<module>.lora_B`` (out, rank), ``<module>.weight`` (out, in)."""
+
+Penalty: TypeAlias = Callable[[Tensors], torch.Tensor]
+"""From the live parameters to a scalar that is added to each step's loss."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What an algorithm needs to know of a model; no weights but the head's first values.
+
+    Attributes:
+        modules: Adapted module -> (out, in).
+        block_of: Adapted module -> index of the transformer block it lies in.
+        num_blocks: Number of blocks; block 0 is next to the input.
+        scale: Factor on ``B @ A``, that is alpha / rank, equal for every module.
+        head: Initial values of the dense tensors that every client trains in full (a classifier's weight and bias);
+            empty for a language model.
+    """
+
+    modules: Mapping[str, tuple[int, int]]
+    block_of: Mapping[str, int]
+    num_blocks: int
+    scale: float
+    head: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientProfile:
+    """A client as the server sees it.
+
+    Attributes:
+        client_id: Stable number, the key of everything that is remembered of a client.
+        num_examples: Training examples it holds.
+        memory_bytes: Its budget.
+        num_steps: Optimiser steps of one local update.
+        deadline_s: Seconds that its local update may take; ``None`` for no deadline.
+        flops_per_second: Speed that predicted seconds are computed with; ``None`` where no deadline is given.
+        name: What people call it.
+    """
+
+    client_id: int
+    num_examples: int
+    memory_bytes: int
+    num_steps: int = 1
+    deadline_s: float | None = None
+    flops_per_second: float | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who trains what in one round.
+
+    Attributes:
+        client_id: The client.
+        ranks: Module -> rank of the pair it holds; a module that is left out has no adapter there.
+        trainable: Names of the tensors with gradients and optimiser state, head included.
+        blocks: Blocks loaded; ``None`` means all.
+        checkpointed: Blocks whose activations are recomputed in the backward pass.
+        micro_batch: Examples per forward pass; gradients accumulate up to the batch. ``None`` means the whole batch.
+        scored: Names of tensors whose gradients are measured before training, for an importance score.
+        values: Block -> the value that the allocation maximised; recorded, so that a choice can be explained.
+        peak_bytes: Predicted peak of the local update.
+        seconds: Predicted seconds of the local update, where a speed is known.
+    """
+
+    client_id: int
+    ranks: Mapping[str, int]
+    trainable: frozenset[str]
+    blocks: tuple[int, ...] | None = None
+    checkpointed: frozenset[int] = frozenset()
+    micro_batch: int | None = None
+    scored: frozenset[str] = frozenset()
+    values: Mapping[int, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sampled client for which nothing fits.
+
+    Attributes:
+        client_id: The client.
+        reason: One sentence for people.
+        needed_bytes: The smallest budget with which it could take part; ``None`` when memory is not the reason.
+    """
+
+    client_id: int
+    reason: str
+    needed_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What goes down to a client: its plan, the tensors it starts from, changes of frozen weights to apply first."""
+
+    plan: Plan
+    tensors: Tensors
+    base_delta: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What comes back: exactly the tensors that the plan trains, and numbers about the local update."""
+
+    client_id: int
+    num_examples: int
+    tensors: Tensors
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and did not deliver."""
+
+    client_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is evaluated, saved and exported."""
+
+    tensors: Tensors
+    base_delta: Tensors = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """A client's model with its data and training settings; names in, names out."""
+
+    def load(self, task: Task) -> None:
+        """Takes the task's tensors and marks what its plan trains and recomputes."""
+
+    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
+        """Trains the named tensors on the client's data; returns at least ``loss`` and ``steps``.
+
+        Raises:
+            TrainingError: The loss is not finite.
+        """
+
+    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
+        """Mean gradient of the loss at the loaded tensors over a fixed subset of the client's data."""
+
+    def read(self) -> Tensors:
+        """Copies of all loaded tensors, head included."""
+
+
+@dataclass
+class Site:
+    """A client's own place: profile, model with its data, and what it keeps between rounds. The only mutable noun."""
+
+    profile: ClientProfile
+    model: Model
+    kept: dict[str, Tensors] = field(default_factory=dict)
+
+
+State = TypeVar("State")
+State_contra = TypeVar("State_contra", contravariant=True)
+
+
+class Algorithm(Protocol[State]):
+    """The contract of every method: state goes in and comes out; nothing hides on the object."""
+
+    def init(self, rng: np.random.Generator) -> State:
+        """The state before the first round."""
+
+    def plan(self, state: State, cohort: Sequence[ClientProfile], rng: np.random.Generator) -> Sequence[Plan | LeftOut]:
+        """One entry for each client of the cohort, in its order; every plan fits its client's budget."""
+
+    def distribute(self, state: State, plan: Plan) -> Task:
+        """What the planned client downloads."""
+
+    def local_update(self, task: Task, site: Site) -> Upload:
+        """Runs on the client."""
+
+    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
+        """The next state; reads each upload once and keeps none."""
+
+    def deploy(self, state: State) -> Deployment:
+        """What the state is worth to a user."""
+
+
+class RefinesOnServer(Protocol[State]):
+    """An algorithm whose server trains too (FedAF, FedBiOT)."""
+
+    def refine(self, state: State, server: Site) -> State:
+        """Called after ``aggregate``."""
+
+
+class Exchanges(Protocol[State_contra]):
+    """An algorithm with a second exchange inside the round (FedAF)."""
+
+    def mid_round(self, state: State_contra, messages: Sequence[Upload]) -> Sequence[Task]:
+        """Tasks of the second exchange."""
+
+
+class Engine(Protocol):
+    """Carries tasks to clients and results back; does not think."""
+
+    def exchange(self, round: int, tasks: Iterable[Task]) -> Iterator[Upload | Failure]:
+        """Results in the tasks' order, so that sums are reproducible. Reads a task only when it is carried."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to treat a block at or above the lowest trained one.
+
+    Attributes:
+        rank: Rank of the pairs that are trained; ``None`` when the block is only passed through.
+        checkpointed: Whether its activations are recomputed in the backward pass.
+    """
+
+    rank: int | None
+    checkpointed: bool = False
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What each choice costs for each block in one training step.
+
+    Arrays are int64 of shape (num_blocks, num_choices), in bytes but for ``flops``.
+
+    Attributes:
+        resident: Live through the whole step: the block's adapters and their optimiser state.
+        saved: Live from the end of the block's forward pass until its backward pass.
+        forward_peak: Highest live bytes within the forward pass, above what stands and what earlier blocks saved.
+        backward_peak: Highest live bytes within the backward pass, above what stands, what this and earlier blocks
+            saved, and the gradients of the head and of later blocks.
+        gradient: Gradients, live from the block's backward pass until the optimiser step.
+        optimiser_peak: Scratch of the optimiser while it updates the block, above what stands and all gradients.
+        flops: Floating-point operations, forward and backward.
+    """
+
+    resident: np.ndarray
+    saved: np.ndarray
+    forward_peak: np.ndarray
+    backward_peak: np.ndarray
+    gradient: np.ndarray
+    optimiser_peak: np.ndarray
+    flops: np.ndarray
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The whole cost of a training step as pure numbers; the input of allocation.
+
+    With s the lowest trained block, c_j the choice of block j >= s, and the entry of ``lowest`` instead of
+    ``above`` for block s, *standing* is ``fixed + sum(frozen_resident[:s]) + sum resident`` and the peak is
+    standing plus the largest of
+
+    - frozen forward  ``frozen_forward_peak[j]``                                              for j < s
+    - forward         ``sum saved[s:j] + forward_peak[j]``                                    for j >= s
+    - head            ``sum saved[s:] + head_peak``
+    - backward        ``sum saved[s:j+1] + head_gradient + sum gradient[j+1:] + backward_peak[j]``  for j >= s
+    - optimiser       ``head_gradient + sum gradient[s:] + max(optimiser_peak[s:], head_optimiser_peak)``
+
+    Attributes:
+        choices: Meaning of the second axis. In ``lowest`` only choices that train are used.
+        above: Costs of blocks above the lowest trained one.
+        lowest: Costs of a block as the lowest trained one.
+        frozen_resident: (num_blocks,) adapters of a block below the lowest trained one.
+        frozen_forward_peak: (num_blocks,) peak of such a block's forward pass above what stands.
+        frozen_flops: (num_blocks,) its floating-point operations.
+        fixed: Bytes that always stand: base weights, buffers, head with its optimiser state, the batch.
+        head_peak: Peak of loss and head, forward and backward, above what stands and all that blocks saved.
+        head_gradient: Gradients of the head.
+        head_optimiser_peak: Scratch of the optimiser for the head.
+        head_flops: Operations of embeddings, head and loss.
+    """
+
+    choices: tuple[Choice, ...]
+    above: BlockCosts
+    lowest: BlockCosts
+    frozen_resident: np.ndarray
+    frozen_forward_peak: np.ndarray
+    frozen_flops: np.ndarray
+    fixed: int
+    head_peak: int
+    head_gradient: int
+    head_optimiser_peak: int
+    head_flops: int

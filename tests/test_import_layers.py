@@ -1,0 +1,82 @@
+"""Who may import whom, read off the syntax trees of the whole package."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "fedpilot"
+
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "types": {"errors"},
+    "tensors": {"types", "errors"},
+    "lora": {"types", "errors", "tensors"},
+    "tracing": {"types", "errors"},
+    "memory": {"types", "errors", "tensors", "lora", "tracing"},
+    "allocation": {"types", "errors"},
+    "planning": {"types", "errors", "tensors", "lora", "memory", "allocation"},
+    "algorithms": {"types", "errors", "tensors", "lora", "memory", "allocation", "planning"},
+    "rounds": {"types", "errors", "tensors", "lora"},
+    "record": {"types", "errors", "tensors", "lora", "rounds"},
+    "engines": {"types", "errors", "tensors", "rounds", "record"},
+    "archives": {"errors"},
+    "conversion": {"errors", "archives"},
+    "assets": {"errors", "archives", "conversion"},
+    "training": {"types", "errors"},
+    "model": {"types", "errors", "tensors", "lora", "memory", "training"},
+    "data": {"types", "errors", "assets"},
+    "evaluation": {"types", "errors", "model", "data"},
+}
+"""Module or folder -> what it may import of fedpilot; what is not listed (config, cli, report) may import all."""
+
+DOORS = {
+    "peft": {"model.py"},
+    "flwr": {"engines/flower"},
+    "flwr_datasets": {"data/partition.py"},
+    "transformers": {"model.py", "data"},
+    "datasets": {"data"},
+    "matplotlib": {"report"},
+}
+"""Third-party package -> the only files or folders that import it."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it the import stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} must import by absolute name"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def unit_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_stands_left_of_it(path: Path) -> None:
+    unit = unit_of(path)
+    if unit not in LAYERS:
+        return
+    used = {name.split(".")[1] for name in imported_names(path) if name.startswith("fedpilot.")}
+    assert used - LAYERS[unit] - {unit} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_third_party_package_has_one_door(path: Path) -> None:
+    where = path.relative_to(PACKAGE).as_posix()
+    for name in imported_names(path):
+        doors = DOORS.get(name.split(".")[0])
+        assert doors is None or any(where == door or where.startswith(f"{door}/") for door in doors), name
+
+
+def test_algorithms_do_not_import_each_other() -> None:
+    for path in (PACKAGE / "algorithms").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not any(name.startswith("fedpilot.algorithms") for name in imported_names(path)), path
