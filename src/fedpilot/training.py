@@ -134,7 +134,7 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
 def backward(
     forward_loss: Callable[[Batch], torch.Tensor], micro_batches: Sequence[Batch], autocast: str, device_type: str
 ) -> torch.Tensor:
-    """Adds the gradient of the batch's mean loss to ``.grad``, however the batch is cut; returns that mean, detached."""
+    """Adds the gradient of the batch's mean loss to ``.grad``, however the batch is cut; returns that mean."""
     counts = [num_targets(batch) for batch in micro_batches]
     total = torch.stack(counts).sum().clamp(min=1)
     result: torch.Tensor | None = None
