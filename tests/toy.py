@@ -4,18 +4,21 @@ No matrix is square, blocks differ in shape, and there are eleven blocks where a
 catches its neighbour shows.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedpilot import lora
 from fedpilot.errors import TrainingError
-from fedpilot.types import ClientProfile, ModelSpec, Penalty, Site, Task, Tensors
+from fedpilot.memory import StepProgram
+from fedpilot.types import ClientProfile, ModelSpec, Penalty, Plan, Site, Task, Tensors
 
-WIDTHS = (6, 5, 7, 4)
+WIDTH = 6
+HIDDEN = (5, 7, 4)
+NUM_LABELS = 3
 SCALE = 2.0
 
 
@@ -34,26 +37,27 @@ class Pair(nn.Module):
 
 
 class Block(nn.Module):
-    """A pair and a nonlinearity."""
+    """A pair, a nonlinearity and a fixed way back to the stream's width, added to the stream."""
 
-    def __init__(self, out_features: int, in_features: int, generator: torch.Generator) -> None:
+    def __init__(self, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.linear = Pair(out_features, in_features, generator)
+        self.linear = Pair(hidden, WIDTH, generator)
+        self.back = nn.Parameter(torch.randn(WIDTH, hidden, generator=generator) / hidden**0.5, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.linear(x))
+        return x + torch.tanh(self.linear(x)) @ self.back.T
 
 
 class Net(nn.Module):
     """Blocks and a linear head."""
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, num_labels: int = 3) -> None:
+    def __init__(self, hidden: Sequence[int] = HIDDEN) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.blocks = nn.ModuleList(Block(o, i, generator) for i, o in itertools.pairwise(widths))
-        self.head = nn.Linear(widths[-1], num_labels)
+        self.blocks = nn.ModuleList(Block(h, generator) for h in hidden)
+        self.head = nn.Linear(WIDTH, NUM_LABELS)
         with torch.no_grad():
-            self.head.weight.copy_(torch.randn(num_labels, widths[-1], generator=generator) / 2)
+            self.head.weight.copy_(torch.randn(NUM_LABELS, WIDTH, generator=generator) / 2)
             self.head.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,22 +66,59 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def spec(widths: Sequence[int] = WIDTHS) -> ModelSpec:
+def spec(hidden: Sequence[int] = HIDDEN) -> ModelSpec:
     """The spec of `Net`."""
-    modules = {f"blocks.{j}.linear": (o, i) for j, (i, o) in enumerate(itertools.pairwise(widths))}
-    head = {name: p.detach().clone() for name, p in Net(widths).named_parameters() if name.startswith("head.")}
+    modules = {f"blocks.{j}.linear": (h, WIDTH) for j, h in enumerate(hidden)}
+    head = {name: p.detach().clone() for name, p in Net(hidden).named_parameters() if name.startswith("head.")}
     block_of = {name: int(name.split(".")[1]) for name in modules}
     return ModelSpec(modules=modules, block_of=block_of, num_blocks=len(modules), scale=SCALE, head=head)
+
+
+def program(plan: Plan, micro_batch: int, batch: int = 8) -> StepProgram:
+    """A step of plain gradient descent on fake tensors, as `memory.trace` wants it."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    net = Net()
+
+    def fake(parameter: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad)
+
+    with mode:
+        for module in net.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, fake(parameter))
+        for name, (hidden, width) in spec().modules.items():
+            pair, rank = net.get_submodule(name), plan.ranks.get(name, 0)
+            pair.lora_A, pair.lora_B = fake(torch.empty(rank, width)), fake(torch.empty(hidden, rank))
+        loaded = range(len(net.blocks)) if plan.blocks is None else plan.blocks
+        net.blocks = nn.ModuleList(net.blocks[j] for j in loaded)
+        x, y = torch.empty(batch, WIDTH), torch.zeros(batch, dtype=torch.long)
+        held = {
+            f"blocks.{j}.linear.{kind}": getattr(block.linear, kind)
+            for j, block in zip(loaded, net.blocks, strict=True)
+            for kind in ("lora_A", "lora_B")
+            if f"blocks.{j}.linear" in plan.ranks
+        } | {name: p for name, p in net.named_parameters() if name.startswith("head.")}
+        for name, parameter in held.items():
+            parameter.requires_grad_(name in plan.trainable)
+        optimiser = torch.optim.SGD([p for p in held.values() if p.requires_grad], lr=0.1, foreach=False)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        for i in range(0, batch, micro_batch):
+            nn.functional.cross_entropy(net(x[i : i + micro_batch]), y[i : i + micro_batch]).backward()
+        optimiser.step()
+
+    return StepProgram([*net.parameters(), x, y], list(net.blocks), held, step, context=lambda: mode)
 
 
 class ToyModel:
     """`types.Model` over `Net` with its own examples: plain gradient descent on the whole data set."""
 
-    def __init__(self, examples: int, seed: int, *, widths: Sequence[int] = WIDTHS, steps: int = 3, lr: float = 0.5):
+    def __init__(self, examples: int, seed: int, *, steps: int = 3, lr: float = 0.5) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.net = Net(widths)
-        self.x = torch.randn(examples, widths[0], generator=generator)
-        self.y = torch.randint(0, 3, (examples,), generator=generator)
+        self.net = Net()
+        self.x = torch.randn(examples, WIDTH, generator=generator)
+        self.y = torch.randint(0, NUM_LABELS, (examples,), generator=generator)
         self.steps, self.lr = steps, lr
 
     def load(self, task: Task) -> None:
@@ -93,7 +134,7 @@ class ToyModel:
         total = 0.0
         for _ in range(self.steps):
             loss = nn.functional.cross_entropy(self.net(self.x), self.y)
-            total += float(loss)
+            total += float(loss.detach())
             if not torch.isfinite(loss):
                 raise TrainingError("loss must be finite, got nan; lower the learning rate")
             objective = loss if penalty is None else loss + penalty(self.live())
@@ -119,9 +160,9 @@ class ToyModel:
         return {name: p.detach().clone() for name, p in self.live().items()}
 
 
-def site(profile: ClientProfile, widths: Sequence[int] = WIDTHS) -> Site:
+def site(profile: ClientProfile) -> Site:
     """A site whose data follow from its client's number."""
-    return Site(profile, ToyModel(profile.num_examples, 100 + profile.client_id, widths=widths))
+    return Site(profile, ToyModel(profile.num_examples, 100 + profile.client_id))
 
 
 def random_adapter(spec: ModelSpec, rank: int, seed: int = 7) -> Tensors:

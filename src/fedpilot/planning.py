@@ -1,12 +1,17 @@
 """Plans that several algorithms share, and the check that a plan fits its client."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-from fedpilot import lora, memory
+import numpy as np
+
+from fedpilot import allocation, lora, memory
 from fedpilot.allocation import Allocation
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, LeftOut, ModelSpec, Plan
+from fedpilot.types import ClientProfile, CostTable, LeftOut, ModelSpec, Plan
+
+Solver: TypeAlias = Literal["exact", "additive", "suffix", "random", "all", "all-checkpointed"]
 
 
 def trainable(spec: ModelSpec, modules: Iterable[str]) -> frozenset[str]:
@@ -102,3 +107,130 @@ def largest_rank(
         middle = (low + high) // 2
         low, high = (middle, high) if fitting(ordered[middle]) else (low, middle)
     return plans[ordered[low]]
+
+
+@dataclass(frozen=True)
+class BlockAllocation:
+    """How blocks are given to clients under their budgets.
+
+    Attributes:
+        spec: The model.
+        profile: Its costs.
+        rank: Rank of the global adapter; blocks that are not trained hold it frozen.
+        ranks: Ranks that a trained block may take.
+        rank_exponent: A block of value v is worth ``v * (r / rank) ** rank_exponent`` at rank r.
+        solver: ``exact``, ``additive``, or one that does not look at values.
+        checkpointing: Whether the exact solver may recompute blocks.
+    """
+
+    spec: ModelSpec
+    profile: MemoryProfile
+    rank: int
+    ranks: tuple[int, ...]
+    rank_exponent: float = 0.5
+    solver: Solver = "exact"
+    checkpointing: bool = False
+
+    def __call__(
+        self, cohort: Sequence[ClientProfile], values: Sequence[Mapping[int, float]], rng: np.random.Generator
+    ) -> list[Plan | LeftOut]:
+        """A priced plan for each client, or why not; ``values`` maps block -> value, client by client.
+
+        Of two micro-batches that allow the same value the larger is taken: it needs fewer passes.
+        """
+        tables = {m: self._table(m) for m in sorted(self.profile.micro, reverse=True)}
+        best: list[tuple[int, Allocation] | None] = [None] * len(cohort)
+        for micro_batch, table in tables.items():
+            for index, found in enumerate(self._solve(table, cohort, values, rng)):
+                held = best[index]
+                if found is not None and (held is None or found.value > held[1].value):
+                    best[index] = (micro_batch, found)
+        return [
+            self._left_out(tables, client) if found is None else self._plan(client, *found, value)
+            for client, value, found in zip(cohort, values, best, strict=True)
+        ]
+
+    def _table(self, micro_batch: int) -> CostTable:
+        return memory.cost_table(
+            self.profile,
+            ranks=self.ranks,
+            checkpointing=self.checkpointing or self.solver == "all-checkpointed",
+            micro_batch=micro_batch,
+            adapter_rank=self.rank,
+        )
+
+    def _solve(
+        self,
+        table: CostTable,
+        cohort: Sequence[ClientProfile],
+        values: Sequence[Mapping[int, float]],
+        rng: np.random.Generator,
+    ) -> list[Allocation | None]:
+        block_values = np.array([[value[j] for j in range(self.spec.num_blocks)] for value in values])
+        weights = {rank: (rank / self.rank) ** self.rank_exponent for rank in self.ranks}
+        by_choice = allocation.choice_values(table, block_values, weights)
+        limits = [max_flops(client) for client in cohort]
+        if self.solver == "exact":
+            budgets = np.array([client.memory_bytes for client in cohort])
+            flops = None if all(limit is None for limit in limits) else _as_array(limits)
+            return allocation.allocate_many(table, by_choice, budgets, max_flops=flops)
+        return [
+            self._strategy(table, client.memory_bytes, value, limit, rng)
+            for client, value, limit in zip(cohort, by_choice, limits, strict=True)
+        ]
+
+    def _strategy(
+        self, table: CostTable, budget: int, values: np.ndarray, limit: float | None, rng: np.random.Generator
+    ) -> Allocation | None:
+        match self.solver:
+            case "additive":
+                return allocation.additive(table, values, budget, max_flops=limit)
+            case "suffix":
+                return allocation.suffix(table, budget, values=values, max_flops=limit)
+            case "random":
+                return allocation.random_subset(table, budget, rng, values=values, max_flops=limit)
+            case "all":
+                return allocation.everything(table, budget, values=values, max_flops=limit)
+            case _:
+                return allocation.everything_checkpointed(table, budget, values=values, max_flops=limit)
+
+    def _plan(self, client: ClientProfile, micro_batch: int, found: Allocation, values: Mapping[int, float]) -> Plan:
+        plan = from_allocation(self.spec, client.client_id, self.rank, found)
+        whole = micro_batch == max(self.profile.micro)
+        plan = replace(plan, micro_batch=None if whole else micro_batch, values=values)
+        return priced(self.profile, plan, client)
+
+    def _left_out(self, tables: Mapping[int, CostTable], client: ClientProfile) -> LeftOut:
+        """Names the cheapest plan that this solver could have chosen."""
+        if self.solver in ("all", "all-checkpointed"):
+            ample = replace(client, memory_bytes=2**62, deadline_s=None)
+            solved = {
+                m: self._strategy(t, 2**62, np.zeros_like(t.above.saved), None, _NO_RNG) for m, t in tables.items()
+            }
+            plans = [self._plan(ample, m, found, {}) for m, found in solved.items() if found is not None]
+        else:
+            limit = max_flops(client)
+            cheapest = {m: allocation.smallest_budget(table, max_flops=limit) for m, table in tables.items()}
+            if all(found is None for found in cheapest.values()):  # no budget would do: the deadline is the reason
+                cheapest = {m: allocation.smallest_budget(table) for m, table in tables.items()}
+            plans = [self._plan(client, m, found, {}) for m, found in cheapest.items() if found is not None]
+        return left_out(client, min(plans, key=lambda plan: plan.peak_bytes or 0))
+
+
+_NO_RNG = np.random.default_rng(0)  # strategies that train everything draw nothing
+
+
+def _as_array(limits: Sequence[float | None]) -> np.ndarray:
+    """Limits as numbers; no limit is a very large one."""
+    return np.array([2.0**62 if limit is None else limit for limit in limits])
+
+
+def affordable_suffix(profile: MemoryProfile, spec: ModelSpec, client: ClientProfile, rank: int) -> range:
+    """The deepest blocks whose gradients the client can measure at once; empty where it can measure none."""
+    for first in range(spec.num_blocks):
+        blocks = range(first, spec.num_blocks)
+        names = frozenset(lora.names(lora.blocks_modules(spec, blocks)))
+        plan = Plan(client.client_id, dict.fromkeys(spec.modules, rank), trainable=frozenset(), scored=names)
+        if memory.peak_bytes(profile, plan) <= client.memory_bytes:
+            return blocks
+    return range(0)

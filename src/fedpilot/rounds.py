@@ -4,21 +4,17 @@ Randomness has no state: the generator of a step is made of the seed, the round 
 run draws what the uninterrupted one would have drawn.
 """
 
-import difflib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-import torch
 
-from fedpilot import lora, tensors
-from fedpilot.errors import ConfigError, PlanError, UploadError
+from fedpilot.errors import ConfigError, PlanError
+from fedpilot.exchange import Clock, RoundResults, UploadRecord
 from fedpilot.types import (
     Algorithm,
     ClientProfile,
@@ -30,14 +26,11 @@ from fedpilot.types import (
     Plan,
     State,
     State_contra,
-    Task,
-    Upload,
 )
 
 logger = logging.getLogger(__name__)
 
 Evaluate: TypeAlias = Callable[[Deployment], Mapping[str, float]]
-Layout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 SAMPLING, PLANNING = 0, 1  # numbers of a round's random steps
 
@@ -77,16 +70,6 @@ class PlanRecord:
     values: Mapping[int, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class UploadRecord:
-    """An accepted upload without its tensors; ``metrics`` are the client's own (loss, steps, scores, ...)."""
-
-    client_id: int
-    num_examples: int
-    bytes_up: int
-    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -154,33 +137,6 @@ class Unwatched:
         """Nothing."""
 
 
-class Clock:
-    """Seconds by phase; a phase inside another is taken out of the outer one.
-
-    >>> clock = Clock()
-    >>> with clock.phase("outer"), clock.phase("inner"):
-    ...     pass
-    >>> sorted(clock.seconds)
-    ['inner', 'outer']
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the ``with`` body to the phase."""
-        start, beside = time.perf_counter(), self._inner
-        self._inner = 0.0
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner
-            self._inner = beside + elapsed
-
-
 def plan_record(plan: Plan, client: ClientProfile, spec: ModelSpec) -> PlanRecord:
     """The plan in short."""
     by_block: dict[int, dict[str, int]] = {}
@@ -202,223 +158,6 @@ def plan_record(plan: Plan, client: ClientProfile, spec: ModelSpec) -> PlanRecor
         peak_bytes=plan.peak_bytes,
         seconds=plan.seconds,
     )
-
-
-# --- when to stop, and which round was best -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A metric of the evaluation and the direction that is better.
-
-    >>> Goal("accuracy").best([{"accuracy": 0.5}, {"accuracy": 0.75}, {"accuracy": 0.75}])
-    1
-    """
-
-    metric: str
-    higher_is_better: bool = True
-
-    def value(self, metrics: Mapping[str, float]) -> float:
-        """The metric.
-
-        Raises:
-            ConfigError: The evaluation does not give it.
-        """
-        if self.metric in metrics:
-            return metrics[self.metric]
-        near = difflib.get_close_matches(self.metric, list(metrics), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
-        raise ConfigError([f"metric must be one of {', '.join(sorted(metrics))}, got {self.metric!r}; {hint}"])
-
-    def best(self, history: Sequence[Mapping[str, float]], min_delta: float = 0.0) -> int | None:
-        """Index of the best entry; a later one must be better by more than ``min_delta``. NaN is never better."""
-        sign = 1.0 if self.higher_is_better else -1.0
-        best: int | None = None
-        highest = -math.inf
-        for index, metrics in enumerate(history):
-            value = sign * self.value(metrics)
-            if math.isfinite(value) and (best is None or value - highest > min_delta):
-                best, highest = index, value
-        return best
-
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """Stops after ``patience`` rounds without a gain of more than ``min_delta``.
-
-    Everything follows from the recorded metrics, so a resumed run stops where the uninterrupted one would have.
-    """
-
-    goal: Goal
-    patience: int
-    min_delta: float = 0.0
-
-    def due(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the last of these rounds, in order, is the last."""
-        best = self.goal.best(history, self.min_delta)
-        return len(history) - 1 - (-1 if best is None else best) >= self.patience
-
-
-# --- one exchange -------------------------------------------------------------------------------------------------
-
-
-def check_task(task: Task) -> None:
-    """Refuses a task that contradicts its plan.
-
-    Raises:
-        PlanError: A trained tensor is not in the task, or a pair is not of the planned rank.
-    """
-    plan = task.plan
-    if absent := sorted(plan.trainable - task.tensors.keys()):
-        raise PlanError(
-            f"task of client {plan.client_id} must hold every tensor that its plan trains, lacks {_some(absent)}; "
-            "send it in distribute or leave it out of the plan"
-        )
-    for module, rank in plan.ranks.items():
-        for name, axis in ((lora.a_name(module), 0), (lora.b_name(module), 1)):
-            if name in task.tensors and task.tensors[name].shape[axis] != rank:
-                raise PlanError(
-                    f"{name} for client {plan.client_id} must have the planned rank {rank}, "
-                    f"got shape {tuple(task.tensors[name].shape)}; truncate or pad it in distribute"
-                )
-
-
-def check_upload(upload: Upload, sent: Layout) -> None:
-    """Refuses an upload that is not what its plan asked for.
-
-    A pair that is trained whole may come back at a smaller rank than it was sent, but not below 1, and alike in A and
-    B: HetLoRA's clients prune themselves.
-
-    Args:
-        upload: What came back.
-        sent: Name -> shape and dtype of each trained tensor as it went down.
-
-    Raises:
-        UploadError: Names, shapes or dtypes differ, an entry is not finite, or no example stands behind it.
-    """
-    if upload.num_examples <= 0:
-        raise UploadError(f"num_examples must be positive, got {upload.num_examples}; give the client data")
-    if upload.tensors.keys() != sent.keys():
-        raise UploadError(
-            f"upload must hold exactly the {len(sent)} tensors of its plan, "
-            f"lacks {_some(sorted(sent.keys() - upload.tensors.keys()))}, "
-            f"adds {_some(sorted(upload.tensors.keys() - sent.keys()))}; send what plan.trainable names"
-        )
-    for name, tensor in upload.tensors.items():
-        allowed = _allowed_shape(name, upload, sent)
-        if tuple(tensor.shape) != allowed:
-            raise UploadError(f"{name} must have shape {allowed}, got {tuple(tensor.shape)}; train at the planned rank")
-        if tensor.dtype != sent[name][1]:
-            raise UploadError(f"{name} must be {sent[name][1]}, got {tensor.dtype}; send tensors as they came")
-        if not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise UploadError(f"{name} must be finite, got {count} entries that are not; lower the learning rate")
-
-
-def _allowed_shape(name: str, upload: Upload, sent: Layout) -> tuple[int, ...]:
-    """The shape as sent, at the smaller rank of A where both factors of the pair are trained."""
-    shape = sent[name][0]
-    module, _, kind = name.rpartition(".")
-    a, b = lora.a_name(module), lora.b_name(module)
-    if kind not in ("lora_A", "lora_B") or a not in sent or b not in sent or upload.tensors[a].dim() != 2:
-        return shape
-    rank = upload.tensors[a].shape[0]
-    if not 1 <= rank <= sent[a][0][0]:
-        return shape
-    return (rank, shape[1]) if kind == "lora_A" else (shape[0], rank)
-
-
-def _some(names: Sequence[str]) -> str:
-    """At most three of the names."""
-    listed = ", ".join(names[:3]) or "none"
-    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
-
-
-class RoundResults(Iterator[Upload]):
-    """The accepted uploads of one exchange, one after the other.
-
-    Sends tasks as the engine asks for them, counts bytes, keeps failures, turns an upload that is not as planned into
-    a failure, and holds no tensors itself but one upload that was looked at ahead.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        round: int,
-        plans: Sequence[Plan],
-        distribute: Callable[[Plan], Task],
-        observer: Observer,
-        clock: Clock,
-    ) -> None:
-        self.bytes_down = 0
-        self.bytes_up = 0
-        self.records: list[UploadRecord] = []
-        self.failures: list[Failure] = []
-        self._round, self._distribute, self._observer, self._clock = round, distribute, observer, clock
-        self._awaited: dict[int, Layout] = {}
-        self._ahead: Upload | None = None
-        with clock.phase("clients"):
-            self._results = engine.exchange(round, map(self._send, plans))  # map keeps no task: one at a time
-
-    def any(self) -> bool:
-        """Whether an upload is left; runs clients until one delivers."""
-        if self._ahead is None:
-            self._ahead = next(self, None)
-        return self._ahead is not None
-
-    def __next__(self) -> Upload:
-        if self._ahead is not None:
-            upload, self._ahead = self._ahead, None
-            return upload
-        while True:
-            with self._clock.phase("clients"):
-                result = next(self._results, None)
-            if result is None:
-                self._close()
-                raise StopIteration
-            accepted = self._accept(result)
-            if accepted is not None:
-                return accepted
-
-    def _send(self, plan: Plan) -> Task:
-        with self._clock.phase("distribute"):
-            task = self._distribute(plan)
-            check_task(task)
-        self.bytes_down += tensors.num_bytes(task.tensors) + tensors.num_bytes(task.base_delta)
-        trained = {name: task.tensors[name] for name in sorted(plan.trainable)}
-        self._awaited[plan.client_id] = {name: (tuple(t.shape), t.dtype) for name, t in trained.items()}
-        return task
-
-    def _accept(self, result: Upload | Failure) -> Upload | None:
-        """The upload when it is good; otherwise a failure is noted."""
-        sent = self._awaited.pop(result.client_id, None)
-        if isinstance(result, Failure):
-            self._fail(result)
-            return None
-        bytes_up = tensors.num_bytes(result.tensors)
-        self.bytes_up += bytes_up
-        try:
-            if sent is None:
-                raise UploadError("upload must answer a task, got one that nobody asked for; send it once")
-            check_upload(result, sent)
-        except UploadError as error:
-            self._fail(Failure(result.client_id, str(error)))
-            return None
-        record = UploadRecord(result.client_id, result.num_examples, bytes_up, dict(result.metrics))
-        self.records.append(record)
-        self._observer.client_done(self._round, record)
-        return result
-
-    def _fail(self, failure: Failure) -> None:
-        logger.warning("round %d: client %d failed: %s", self._round, failure.client_id, failure.reason)
-        self.failures.append(failure)
-        self._observer.client_done(self._round, failure)
-
-    def _close(self) -> None:
-        """Whoever was asked and never answered has failed."""
-        for client_id in list(self._awaited):
-            del self._awaited[client_id]
-            self._fail(Failure(client_id, "no result came back"))
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -456,14 +195,15 @@ def run_rounds(
         PlanError: A plan exceeds its client's budget, or contradicts its task.
     """
     _check_population(population, cohort_size)
-    if state is None:
-        state = algorithm.init(generator(seed, 0))
+    current = algorithm.init(generator(seed, 0)) if state is None else state
     watched = observer or Unwatched()
     for round in range(first_round, num_rounds + 1):
         cohort = sample(population, cohort_size, generator(seed, round, SAMPLING))
-        state, record = run_round(algorithm, engine, cohort, evaluate, state, round=round, seed=seed, observer=watched)
+        current, record = run_round(
+            algorithm, engine, cohort, evaluate, current, round=round, seed=seed, observer=watched
+        )
         logger.info("round %d/%d: %s", round, num_rounds, summary(record))
-        yield state, record
+        yield current, record
 
 
 def run_round(
@@ -486,7 +226,8 @@ def run_round(
     left_out = tuple(entry for entry in entries if isinstance(entry, LeftOut))
     observer.round_started(round, plans, left_out)
 
-    results = RoundResults(engine, round, plans, partial(algorithm.distribute, state), observer, clock)
+    tell = partial(observer.client_done, round)
+    results = RoundResults(engine, round, plans, partial(algorithm.distribute, state), tell, clock)
     aggregated = results.any()
     if aggregated:  # a round in which nobody delivers leaves the state as it is
         with clock.phase("aggregate"):

@@ -6,8 +6,9 @@ on the meta device; whoever holds a real loss checks it with `checked`.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +21,22 @@ Batch: TypeAlias = Mapping[str, torch.Tensor]
 
 IGNORED = -100
 """Label of a position that counts neither in the loss nor in a mean."""
+
+
+class Examples(Protocol):
+    """Encoded examples of one client, or of a test set."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None, max_batches: int | None = None
+    ) -> Iterator[Batch]:
+        """Every example once, in the generator's order; at most ``max_batches`` batches."""
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """The examples of these positions."""
+
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimiser": ("adamw", "sgd", "momentum"),
@@ -123,12 +140,22 @@ def num_targets(batch: Batch) -> torch.Tensor:
     return (labels[:, 1:] != IGNORED).sum().float()
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     """The batch cut into views of at most ``size`` examples; ``None`` leaves it whole."""
     examples = batch["labels"].shape[0]
     if size is None or size >= examples:
         return [batch]
     return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, examples, size)]
+
+
+def arithmetic(autocast: str, device_type: str) -> AbstractContextManager[object]:
+    """Context of a forward pass: bf16 matrix products, or everything as it is stored."""
+    return torch.autocast(device_type, dtype=torch.bfloat16) if autocast == "bf16" else nullcontext()
 
 
 def backward(
@@ -139,7 +166,7 @@ def backward(
     total = torch.stack(counts).sum().clamp(min=1)
     result: torch.Tensor | None = None
     for batch, count in zip(micro_batches, counts, strict=True):
-        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast == "bf16"):
+        with arithmetic(autocast, device_type):
             loss = forward_loss(batch)
         if len(micro_batches) > 1:
             loss = loss * (count / total)

@@ -176,6 +176,10 @@ State_contra = TypeVar("State_contra", contravariant=True)
 class Algorithm(Protocol[State]):
     """The contract of every method: state goes in and comes out; nothing hides on the object."""
 
+    @property
+    def spec(self) -> ModelSpec:
+        """The model that the method adapts."""
+
     def init(self, rng: np.random.Generator) -> State:
         """The state before the first round."""
 

@@ -78,7 +78,7 @@ class FedPilot:
     rank: int = 8
     ranks: tuple[int, ...] = ()
     rank_exponent: float = 0.5
-    solver: Literal["exact", "additive", "suffix", "random", "all", "all-checkpointed"] = "exact"
+    solver: planning.Solver = "exact"
     checkpointing: bool = False
     lam: float = 0.5
     ig_examples: int = 64
@@ -100,21 +100,20 @@ class FedPilot:
         self, state: FedPilotState, cohort: Sequence[ClientProfile], rng: np.random.Generator
     ) -> Sequence[Plan | LeftOut]:
         """max Σ_j m_j Γ''_j under memory(m) <= K_i, for each client."""
-        values = [self.combined_scores(state, client.client_id) for client in cohort]
-        plans = planning.allocate(
-            self.profile,
+        allocate = planning.BlockAllocation(
             self.spec,
-            cohort,
-            values,
-            rank=self.rank,
-            ranks=self.ranks or (self.rank,),
-            rank_exponent=self.rank_exponent,
-            solver=self.solver,
-            checkpointing=self.checkpointing,
-            rng=rng,
+            self.profile,
+            self.rank,
+            self.ranks or (self.rank,),
+            self.rank_exponent,
+            self.solver,
+            self.checkpointing,
         )
+        plans = allocate(cohort, [self.combined_scores(state, client.client_id) for client in cohort], rng)
         return [
-            replace(plan, scored=self._scored(state, client)) if isinstance(plan, Plan) else plan
+            planning.priced(self.profile, replace(plan, scored=self._scored(state, client)), client)
+            if isinstance(plan, Plan)
+            else plan
             for plan, client in zip(plans, cohort, strict=True)
         ]
 
@@ -156,6 +155,10 @@ class FedPilot:
     def deploy(self, state: FedPilotState) -> Deployment:
         """The global adapter."""
         return Deployment(state.adapter)
+
+    def explain(self, state: FedPilotState) -> Mapping[str, float]:
+        """Γ̄_j by block, for the record."""
+        return {f"score/{block}": score for block, score in sorted(state.global_scores.items())}
 
     # --- values -----------------------------------------------------------------------------------------------------
 

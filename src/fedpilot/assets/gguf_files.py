@@ -119,9 +119,9 @@ def tokenizer_config(facts: Facts) -> dict[str, object]:
     """``tokenizer_config.json``: special tokens, longest input and chat template."""
     tokens = cast(list[str], facts["tokenizer.ggml.tokens"])
     special = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    named = {f"{key}_token": tokens[cast(int, facts[f"tokenizer.ggml.{name}_token_id"])] for key, name in special.items()}
+    ids = {key: cast(int, facts[f"tokenizer.ggml.{name}_token_id"]) for key, name in special.items()}
     return {
-        **named,
+        **{f"{key}_token": tokens[index] for key, index in ids.items()},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": facts["llama.context_length"],
         "clean_up_tokenization_spaces": False,

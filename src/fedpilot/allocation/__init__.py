@@ -1,0 +1,2 @@
+from fedpilot.allocation.costs import Allocation, choice_values, flops, peak
+from fedpilot.allocation.exact import allocate, allocate_many

@@ -1,0 +1,188 @@
+"""Upper bounds on what a client can reach, by Lagrangian relaxation, for many clients at once.
+
+The plans are split into *cases* (s, m): s is the lowest trained block, m the number of checkpointed blocks. These two
+decide most of the memory and nearly all operations; within a case what is left to share out comes in small pieces, so
+that relaxed problems lie close to whole ones. A plan of a case must keep every one of these *rows*, each linear in the
+choices (a cost a block, summed):
+
+- head: resident + saved. The backward pass of the topmost block sees the same saved bytes, so what it needs beyond the head
+  is charged to its choice;
+- recompute: in the backward pass of the topmost checkpointed block the checkpointed blocks' saved bytes are still there,
+  those of a plain block are there or, if it lies above, its gradient is. So resident + (saved if checkpointed, otherwise
+  the lesser of saved and gradient), and the least backward peak of a checkpointed block on top. With m = 0 this
+  is implied by the optimiser's stage;
+- operations, where there is a deadline;
+- count: exactly m blocks are checkpointed.
+
+For multipliers θ (>= 0, but for the count) ``sum_j max_c (value - θ·cost) + θ·capacity`` is at least the value of every
+plan of the case that fits: each gets its value plus θ times what it leaves unused, block by block maximised. No θ is
+wrong, good ones are tighter. The gap between a choice and the block's best is the choice's *reduced cost*: what the
+bound loses when it is taken.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpilot.allocation.costs import Bools, Costs, Floats, Ints
+
+FORBIDDEN = 2**50
+"""Cost of a choice that may not be taken: above all limits, and sums over blocks do not overflow."""
+PLAIN, CHECKPOINTED, MIXED = range(3)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the clients of a batch have: (num_clients,) each."""
+
+    budget_bytes: Ints
+    max_flops: Ints
+
+    def of(self, clients: Ints | slice) -> "Limits":
+        """Those of some clients."""
+        return Limits(self.budget_bytes[clients], self.max_flops[clients])
+
+
+class Relaxation:
+    """The cases of a cost table and their rows.
+
+    Attributes:
+        deadline: Whether operations are limited.
+        lowest: (num_cases,) s of each case.
+        count: (num_cases,) m of each case.
+        recompute: (num_cases,) least backward peak of the topmost checkpointed block; 0 where m = 0.
+        costs_of_rows: (3, 2, num_blocks, num_choices) head, recompute, operations, as ``Costs`` stacks them.
+        rows: (num_rows, 2, num_blocks, num_choices) the rows that apply, in units of each row's scale.
+        free: (num_rows,) whether the row's multiplier may be negative.
+    """
+
+    def __init__(self, costs: Costs, *, deadline: bool) -> None:
+        self.costs, self.deadline = costs, deadline
+        some = bool(costs.recomputes.any())
+        blocks = np.arange(costs.num_blocks)
+        s, m = np.meshgrid(blocks, np.arange(costs.num_blocks + 1 if some else 1), indexing="ij")
+        exists = m <= costs.num_blocks - s
+        self.lowest: Ints = s[exists].astype(np.int64)
+        self.count: Ints = m[exists].astype(np.int64)
+        self.kind: Ints = np.where(
+            self.count == 0, PLAIN, np.where(self.count == costs.num_blocks - self.lowest, CHECKPOINTED, MIXED)
+        )
+        self.recompute = self._least_recompute()
+        saved = np.where(costs.recomputes, costs.saved, np.minimum(costs.saved, costs.gradient))
+        self.costs_of_rows = np.stack([costs.resident + costs.saved, costs.resident + saved, costs.flops])
+        used = [True, some, deadline, some]
+        self.free: Bools = np.array([False, False, False, True])[used]
+        self._set_rows(used)
+        self.least = [self.least_sums(np.arange(len(self.lowest)), row) for row in self.costs_of_rows]
+
+    def _set_rows(self, used: list[bool]) -> None:
+        costs, table = self.costs, self.costs.table
+        rows = np.concatenate([self.costs_of_rows, np.zeros_like(self.costs_of_rows[:1])])
+        rows[0, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
+        rows[3] = costs.recomputes
+        scale = np.maximum(rows.max(axis=(1, 3)).sum(axis=1), 1).astype(np.float64)
+        self.rows: Floats = (rows / scale[:, None, None, None])[used]
+        standing = table.fixed + costs.frozen_resident[self.lowest]
+        taken = np.stack(
+            [
+                standing + table.head_peak,
+                standing + table.head_gradient + self.recompute,
+                table.head_flops + costs.frozen_flops[self.lowest],
+                -self.count,
+            ]
+        )
+        self._taken: Floats = (taken / scale[:, None])[used]  # (num_rows, num_cases) of the limit, by the case alone
+        self._scale, self._used = scale[used], np.flatnonzero(used)
+
+    def _least_recompute(self) -> Ints:
+        costs, last = self.costs, self.costs.num_blocks - 1
+        least = np.where(costs.recomputes, costs.backward, FORBIDDEN)
+        lowest = np.where(costs.trains, least[1], FORBIDDEN).min(axis=1)
+        above = np.minimum.accumulate(least[0].min(axis=1)[::-1])[::-1]
+        above = np.append(above[1:], FORBIDDEN)  # of all blocks above s
+        alone = np.minimum(lowest, above)[self.lowest]
+        result = np.where(self.count == 1, alone, above[np.minimum(self.lowest, last)])
+        return np.where(self.count == 0, 0, result)
+
+    def limits_of_rows(self, limits: Limits) -> Floats:
+        """(num_rows, ...) what each row's sum is limited by, before what the case takes."""
+        nothing = np.zeros_like(limits.budget_bytes)
+        kinds = [limits.budget_bytes, limits.budget_bytes, limits.max_flops, nothing]
+        return np.stack([kinds[kind] / scale for kind, scale in zip(self._used, self._scale, strict=True)])
+
+    def capacity(self, limits: Limits, case: Ints) -> Floats:
+        """(num, num_rows) what the rows of one case each may sum to."""
+        return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T)
+
+    def all_cases(self, values: Floats, limits: Limits, theta: Floats) -> Floats:
+        """Bound of every case at one θ a client: (num_clients, num_cases), by suffix sums over the blocks.
+
+        Args:
+            values: (num_clients, num_blocks, num_choices).
+            limits: Of the clients.
+            theta: (num_clients, num_rows).
+        """
+        bases = np.concatenate(self._bases(values, theta), axis=1)
+        bound = bases[:, self.kind * self.costs.num_blocks + self.lowest]
+        for row, limit in enumerate(self.limits_of_rows(limits)):
+            bound += theta[:, row, None] * (limit[:, None] - self._taken[row])
+        return bound
+
+    def _bases(self, values: Floats, theta: Floats) -> list[Floats]:
+        """For each kind of case the sum of the best reduced values: (num_clients, num_blocks), by lowest block."""
+        above, lowest = [np.full((3, *values.shape[:2]), -np.inf) for _ in range(2)]
+        for choice in range(self.costs.num_choices):  # one at a time: its (client, block) plane stays in the cache
+            kind = CHECKPOINTED if self.costs.recomputes[choice] else PLAIN
+            for which, best in enumerate((above, lowest)):
+                if which == 0 or self.costs.trains[choice]:
+                    reduced = values[:, :, choice].copy()
+                    for row, cost in enumerate(self.rows[:, which, :, choice]):
+                        reduced -= theta[:, row, None] * cost
+                    np.maximum(best[kind], reduced, out=best[kind])
+        result = []
+        for best in (above, lowest):
+            np.maximum(best[PLAIN], best[CHECKPOINTED], out=best[MIXED])
+        for kind in (PLAIN, CHECKPOINTED, MIXED):
+            sums = np.cumsum(above[kind][:, ::-1], axis=1)[:, ::-1]
+            lowest[kind][:, :-1] += sums[:, 1:]
+            result.append(lowest[kind])
+        return result
+
+    def possible(self, limits: Limits) -> Bools:
+        """(num_clients, num_cases) false where even the cheapest choices break a row."""
+        table, at = self.costs.table, (np.arange(len(self.lowest)), self.costs.num_blocks, self.count)
+        standing = table.fixed + self.costs.frozen_resident[self.lowest]
+        head = standing + table.head_peak + self.least[0][at]
+        recompute = standing + table.head_gradient + self.recompute + self.least[1][at]
+        operations = table.head_flops + self.costs.frozen_flops[self.lowest] + self.least[2][at]
+        fits = limits.budget_bytes[:, None] >= np.maximum(head, recompute)
+        return np.asarray(fits & (limits.max_flops[:, None] >= operations))
+
+    def least_sums(self, case: Ints, cost: Ints, allowed: Bools | None = None) -> Ints:
+        """Least sums of a cost over the blocks below k with exactly c of them checkpointed.
+
+        Args:
+            case: (num,) cases.
+            cost: (2, num_blocks, num_choices).
+            allowed: (num, num_blocks, num_choices) or all that the case allows.
+
+        Returns:
+            (num, num_blocks + 1, num_blocks + 2), by case, k, c; the last c is impossible, and so is c = -1.
+        """
+        costs, num_blocks = self.costs, self.costs.num_blocks
+        result = np.full((len(case), num_blocks + 1, num_blocks + 2), FORBIDDEN, dtype=np.int64)
+        result[:, 0, 0] = 0
+        for k in range(num_blocks):
+            lowest = (self.lowest[case] == k)[:, None]
+            own = np.where(lowest, np.where(costs.trains, cost[1, k], FORBIDDEN), cost[0, k])
+            if allowed is not None:
+                own = np.where(allowed[:, k], own, FORBIDDEN)
+            frozen = self.lowest[case] > k
+            plain = own[:, ~costs.recomputes].min(axis=1, initial=FORBIDDEN)
+            checkpointed = own[:, costs.recomputes].min(axis=1, initial=FORBIDDEN)
+            plain, checkpointed = np.where(frozen, 0, plain), np.where(frozen, FORBIDDEN, checkpointed)
+            result[:, k + 1] = result[:, k] + plain[:, None]
+            np.minimum(
+                result[:, k + 1, 1:], result[:, k, :-1] + checkpointed[:, None], out=result[:, k + 1, 1:]
+            )
+        return result

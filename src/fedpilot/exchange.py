@@ -1,0 +1,224 @@
+"""One exchange with the clients: tasks go down, checked uploads come up one at a time, all of it is counted."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from fedpilot import lora, tensors
+from fedpilot.errors import PlanError, UploadError
+from fedpilot.types import Engine, Failure, Plan, Task, Upload
+
+logger = logging.getLogger(__name__)
+
+Layout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> shape and dtype."""
+
+
+@dataclass(frozen=True)
+class UploadRecord:
+    """An accepted upload without its tensors; ``metrics`` are the client's own (loss, steps, scores, ...)."""
+
+    client_id: int
+    num_examples: int
+    bytes_up: int
+    metrics: Mapping[str, float]
+
+
+class Clock:
+    """Seconds by phase; a phase inside another is taken out of the outer one.
+
+    >>> clock = Clock()
+    >>> with clock.phase("outer"), clock.phase("inner"):
+    ...     pass
+    >>> sorted(clock.seconds)
+    ['inner', 'outer']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the ``with`` body to the phase."""
+        start, beside = time.perf_counter(), self._inner
+        self._inner = 0.0
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner
+            self._inner = beside + elapsed
+
+
+def check_task(task: Task) -> None:
+    """Refuses a task that contradicts its plan.
+
+    Raises:
+        PlanError: A trained tensor is not in the task, or a pair is not of the planned rank.
+    """
+    plan = task.plan
+    if absent := sorted(plan.trainable - task.tensors.keys()):
+        raise PlanError(
+            f"task of client {plan.client_id} must hold every tensor that its plan trains, lacks {_some(absent)}; "
+            "send it in distribute or leave it out of the plan"
+        )
+    for module, rank in plan.ranks.items():
+        for name, axis in ((lora.a_name(module), 0), (lora.b_name(module), 1)):
+            if name in task.tensors and task.tensors[name].shape[axis] != rank:
+                raise PlanError(
+                    f"{name} for client {plan.client_id} must have the planned rank {rank}, "
+                    f"got shape {tuple(task.tensors[name].shape)}; truncate or pad it in distribute"
+                )
+
+
+def check_upload(upload: Upload, sent: Layout) -> None:
+    """Refuses an upload that is not what its plan asked for.
+
+    A pair that is trained whole may come back at a smaller rank than it was sent, but not below 1, and alike in A and
+    B: HetLoRA's clients prune themselves.
+
+    Args:
+        upload: What came back.
+        sent: Name -> shape and dtype of each trained tensor as it went down.
+
+    Raises:
+        UploadError: Names, shapes or dtypes differ, an entry is not finite, or no example stands behind it.
+    """
+    if upload.num_examples <= 0:
+        raise UploadError(f"num_examples must be positive, got {upload.num_examples}; give the client data")
+    if upload.tensors.keys() != sent.keys():
+        raise UploadError(
+            f"upload must hold exactly the {len(sent)} tensors of its plan, "
+            f"lacks {_some(sorted(sent.keys() - upload.tensors.keys()))}, "
+            f"adds {_some(sorted(upload.tensors.keys() - sent.keys()))}; send what plan.trainable names"
+        )
+    for name, tensor in upload.tensors.items():
+        allowed = _allowed_shape(name, upload, sent)
+        if tuple(tensor.shape) != allowed:
+            raise UploadError(f"{name} must have shape {allowed}, got {tuple(tensor.shape)}; train at the planned rank")
+        if tensor.dtype != sent[name][1]:
+            raise UploadError(f"{name} must be {sent[name][1]}, got {tensor.dtype}; send tensors as they came")
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UploadError(f"{name} must be finite, got {count} entries that are not; lower the learning rate")
+
+
+def _allowed_shape(name: str, upload: Upload, sent: Layout) -> tuple[int, ...]:
+    """The shape as sent, at the smaller rank of A where both factors of the pair are trained."""
+    shape = sent[name][0]
+    module, _, kind = name.rpartition(".")
+    a, b = lora.a_name(module), lora.b_name(module)
+    if kind not in ("lora_A", "lora_B") or a not in sent or b not in sent or upload.tensors[a].dim() != 2:
+        return shape
+    rank = upload.tensors[a].shape[0]
+    if not 1 <= rank <= sent[a][0][0]:
+        return shape
+    return (rank, shape[1]) if kind == "lora_A" else (shape[0], rank)
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most three of the names."""
+    listed = ", ".join(names[:3]) or "none"
+    return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
+
+
+class RoundResults(Iterator[Upload]):
+    """The accepted uploads of one exchange, one after the other.
+
+    Sends tasks as the engine asks for them, counts bytes, keeps failures, turns an upload that is not as planned into
+    a failure, and holds no tensors itself but one upload that was looked at ahead.
+
+    Args:
+        engine: Carries the tasks.
+        round: From 1.
+        plans: One for each client, in the order of the sums.
+        distribute: Plan -> task; called when the engine asks for the task.
+        tell: Called with each result without its tensors.
+        clock: Gets the phases ``distribute`` and ``clients``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        round: int,
+        plans: Sequence[Plan],
+        distribute: Callable[[Plan], Task],
+        tell: Callable[[UploadRecord | Failure], None],
+        clock: Clock,
+    ) -> None:
+        self.bytes_down = 0
+        self.bytes_up = 0
+        self.records: list[UploadRecord] = []
+        self.failures: list[Failure] = []
+        self._round, self._distribute, self._tell, self._clock = round, distribute, tell, clock
+        self._awaited: dict[int, Layout] = {}
+        self._ahead: Upload | None = None
+        with clock.phase("clients"):
+            self._results = engine.exchange(round, map(self._send, plans))  # map keeps no task: one at a time
+
+    def any(self) -> bool:
+        """Whether an upload is left; runs clients until one delivers."""
+        if self._ahead is None:
+            self._ahead = next(self, None)
+        return self._ahead is not None
+
+    def __next__(self) -> Upload:
+        if self._ahead is not None:
+            upload, self._ahead = self._ahead, None
+            return upload
+        while True:
+            with self._clock.phase("clients"):
+                result = next(self._results, None)
+            if result is None:
+                self._close()
+                raise StopIteration
+            accepted = self._accept(result)
+            del result  # a refused upload must not outlive the next client's training
+            if accepted is not None:
+                return accepted
+
+    def _send(self, plan: Plan) -> Task:
+        with self._clock.phase("distribute"):
+            task = self._distribute(plan)
+            check_task(task)
+        self.bytes_down += tensors.num_bytes(task.tensors) + tensors.num_bytes(task.base_delta)
+        trained = {name: task.tensors[name] for name in sorted(plan.trainable)}
+        self._awaited[plan.client_id] = {name: (tuple(t.shape), t.dtype) for name, t in trained.items()}
+        return task
+
+    def _accept(self, result: Upload | Failure) -> Upload | None:
+        """The upload when it is good; otherwise a failure is noted."""
+        sent = self._awaited.pop(result.client_id, None)
+        if isinstance(result, Failure):
+            self._fail(result)
+            return None
+        bytes_up = tensors.num_bytes(result.tensors)
+        self.bytes_up += bytes_up
+        try:
+            if sent is None:
+                raise UploadError("upload must answer a task, got one that nobody asked for; send it once")
+            check_upload(result, sent)
+        except UploadError as error:
+            self._fail(Failure(result.client_id, str(error)))
+            return None
+        record = UploadRecord(result.client_id, result.num_examples, bytes_up, dict(result.metrics))
+        self.records.append(record)
+        self._tell(record)
+        return result
+
+    def _fail(self, failure: Failure) -> None:
+        logger.warning("round %d: client %d failed: %s", self._round, failure.client_id, failure.reason)
+        self.failures.append(failure)
+        self._tell(failure)
+
+    def _close(self) -> None:
+        """Whoever was asked and never answered has failed."""
+        for client_id in list(self._awaited):
+            del self._awaited[client_id]
+            self._fail(Failure(client_id, "no result came back"))

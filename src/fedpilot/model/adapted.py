@@ -1,0 +1,428 @@
+"""The one file that imports peft: a shared frozen base whose adapters are swapped in place, names in, names out.
+
+Outside, a tensor is named by the base model's own module path (``bert.encoder.layer.0.attention.self.query.lora_A``,
+``classifier.weight``); PEFT's prefixes stay in here. Three things differ from a `peft.PeftModel`, on purpose: the head
+is trained in place instead of in a second copy, ranks differ by module under one scale, and only what a plan trains has
+``requires_grad``, so that no backward pass goes below the lowest trained block.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, LoraModel
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from fedpilot import lora, training
+from fedpilot.errors import ModelError
+from fedpilot.memory import StepProgram
+from fedpilot.model.loading import Base, Device, ModelSettings, find_blocks, find_targets, load_base, some
+from fedpilot.training import IGNORED, Batch, TrainingSettings
+from fedpilot.types import Deployment, ModelSpec, Plan, Task, Tensors
+
+# Where PEFT's own mapping has nothing, or the names of older versions of transformers.
+_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "vit": ("q_proj", "v_proj"),
+    "dinov2": ("q_proj", "v_proj"),
+}
+_PEFT_TASKS: Mapping[str, str | None] = {
+    "sequence-classification": "SEQ_CLS",
+    "image-classification": None,
+    "causal-lm": "CAUSAL_LM",
+}
+_ADAPTER = "default"
+
+
+class AdaptedModel:
+    """A base model with adapters that `load` swaps in place; one in a process serves all clients in turn.
+
+    Built by `build_model`.
+
+    Attributes:
+        settings: What it was built from.
+        spec: What algorithms know of it.
+        base: The transformers model. Its weights are frozen but for the head.
+        facts: What was chosen while it was built, for the record.
+        plan: The plan of the loaded task; ``None`` after `deploy`.
+        mode: Context in which its tensors can be computed with; not trivial for a model without storage.
+    """
+
+    def __init__(self, settings: ModelSettings, base: Base) -> None:
+        self.settings = settings
+        self.base = base.model.requires_grad_(False)
+        self.mode = base.mode
+        self._block_list, path = find_blocks(self.base)
+        self._blocks: list[nn.Module] = list(self._block_list)
+        owner, _, self._block_attribute = path.rpartition(".")
+        self._block_owner = self.base.get_submodule(owner)
+        endings = settings.target_modules or _default_targets(self.base)
+        modules, block_of = find_targets(self.base, endings, path)
+        self.spec = ModelSpec(modules, block_of, len(self._blocks), settings.alpha / settings.rank, base.head)
+        self.facts = {**base.facts, "target_modules": ", ".join(endings)}
+        # Taken before any injection: the parameter objects survive it, their names do not.
+        self._parameters: dict[str, nn.Parameter] = dict(self.base.named_parameters())
+        self._inputs = _extra_inputs(self.base, settings)
+        self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
+        self._pristine: dict[str, torch.Tensor] = {}
+        self._tuner: LoraModel | None = None
+        self._ranks: dict[str, int] = {}
+        self._live: dict[str, nn.Parameter] = {name: self._parameters[name] for name in base.head}
+        self.plan: Plan | None = None
+        self._copy(base.head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self._parameters.values())).device
+
+    @property
+    def has_storage(self) -> bool:
+        """Whether its tensors hold numbers; false on the meta device and for fake tensors."""
+        return not isinstance(self.mode, FakeTensorMode) and self.device.type != "meta"
+
+    @property
+    def task_type(self) -> str:
+        """What the model does."""
+        return self.settings.task
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of a classifier."""
+        config: Any = self.base.config
+        return int(config.num_labels)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Blocks that run, next to the input first."""
+        return list(getattr(self._block_owner, self._block_attribute))
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Live adapter and head parameters by global name."""
+        return dict(self._live)
+
+    def read(self) -> Tensors:
+        """Copies of all loaded adapter and head tensors, on the CPU."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._live.items()}
+
+    def load(self, task: Task) -> None:
+        """Makes the model the one that a task describes.
+
+        Raises:
+            ModelError: The task's names, shapes or blocks are not this model's.
+        """
+        plan = task.plan
+        self._install(plan.ranks, task.tensors, task.base_delta, plan.blocks)
+        self.set_trainable(plan.trainable)
+        self._set_checkpointed(plan.checkpointed)
+        self.plan = plan
+
+    def deploy(self, deployment: Deployment) -> None:
+        """Makes the model the one that is evaluated and exported: all blocks, nothing trained."""
+        tensors = deployment.tensors
+        ranks = ranks_of(tensors)
+        self._install(ranks, tensors, deployment.base_delta, None)
+        self.set_trainable(frozenset())
+        self._set_checkpointed(frozenset())
+        self.plan = None
+
+    def eval_recomputing(self) -> None:
+        """Switches dropout off, but leaves recomputed blocks recomputing, which transformers does in training alone."""
+        self.base.eval()
+        for block in self.blocks:
+            block.training = bool(getattr(block, "gradient_checkpointing", False))
+
+    def set_trainable(self, names: frozenset[str]) -> None:
+        """Gives exactly the named tensors gradients.
+
+        Raises:
+            ModelError: A name is not loaded.
+        """
+        unknown = sorted(names - self._live.keys())
+        if unknown:
+            raise ModelError(f"trainable tensors must be loaded, got {some(unknown)}; plan a rank for the module first")
+        for name, parameter in self._live.items():
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(examples, classes), or (examples, length, words) of a language model."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with training.arithmetic(self.settings.dtype, self.device.type):
+            logits: torch.Tensor = self.base(**inputs, **self._inputs).logits
+        return logits
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Mean cross-entropy over the batch's targets (`training.num_targets`), a scalar with its graph."""
+        return cross_entropy(self.logits(batch), batch["labels"]) / training.num_targets(batch).clamp(min=1)
+
+    def program(self, plan: Plan, settings: TrainingSettings, micro_batch: int | None = None) -> StepProgram:
+        """One optimiser step of the plan on made-up inputs of full length, for tracing and measuring.
+
+        It overwrites the loaded adapters and, on a real device, trains them: `load` before the model is used again.
+
+        Args:
+            plan: Its ``micro_batch`` counts where the argument is ``None``.
+            settings: Batch size, optimiser, clipping and autocast.
+            micro_batch: Examples of a forward pass.
+        """
+        shapes = lora.shapes(self.spec, plan.ranks)
+        if self.has_storage:
+            tensors = lora.init(self.spec, plan.ranks, np.random.default_rng(0))
+        else:
+            tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        self.load(Task(plan, tensors))
+        self.base.train()
+        with self.mode:
+            batch = self.made_up_batch(settings.batch_size)
+            pieces = training.micro_batches(batch, micro_batch or plan.micro_batch)
+            trained = {name: parameter for name, parameter in self._live.items() if name in plan.trainable}
+            optimiser = training.make_optimiser(trained.values(), settings, settings.learning_rate)
+
+        def step() -> None:
+            training.train_step(self.loss, pieces, optimiser, trained, settings)
+
+        inputs = tuple(batch.values())
+        return StepProgram(
+            resident=(*self.resident(), *inputs),
+            blocks=self.blocks,
+            parameters=self.parameters_by_name(),
+            step=step,
+            batch=inputs,
+            context=lambda: self.mode,
+        )
+
+    def resident(self) -> list[torch.Tensor]:
+        """Weights and buffers of the running model."""
+        return [*self.base.parameters(), *self.base.buffers()]
+
+    def adapter_config(self, ranks: Mapping[str, int]) -> LoraConfig:
+        """PEFT's description of adapters of these ranks: whole module paths throughout; alpha is ``scale * rank``.
+
+        PEFT matches a name against the end of a module's path: whole paths leave it no choice, where the shorter
+        ``1.attention.query`` would catch block 11 too.
+        """
+        return LoraConfig(
+            task_type=_PEFT_TASKS[self.settings.task],
+            r=self.settings.rank,
+            lora_alpha=_whole(self.settings.alpha),
+            lora_dropout=self.settings.lora_dropout,
+            target_modules=list(ranks),
+            rank_pattern=dict(ranks),
+            alpha_pattern={module: _whole(self.spec.scale * rank) for module, rank in ranks.items()},
+            fan_in_fan_out=bool(self._transposed),
+        )
+
+    def peft_state(self, tensors: Tensors) -> Tensors:
+        """Adapter and head tensors under the names of an ``adapter_model.safetensors``."""
+        kinds = (".lora_A", ".lora_B")
+        return {
+            f"base_model.model.{name}{'.weight' if name.endswith(kinds) else ''}": tensor.detach().contiguous()
+            for name, tensor in tensors.items()
+        }
+
+    def head_modules(self) -> tuple[str, ...]:
+        """Modules that hold the head's tensors and nothing else, for PEFT's ``modules_to_save``."""
+        prefix = f"{self.base.base_model_prefix}."
+        owners = (n.rpartition(".")[0] if n.startswith(prefix) else n.partition(".")[0] for n in self.spec.head)
+        return tuple(dict.fromkeys(owners))
+
+    def made_up_batch(self, examples: int) -> Batch:
+        """Inputs of full size and their labels; of texts, each but the first ends in one position of padding."""
+        labels = torch.zeros(examples, dtype=torch.long, device=self.device)
+        if self.settings.task == "image-classification":
+            config: Any = self.base.config
+            size = self.settings.image_size or config.image_size
+            pixels = torch.zeros(examples, config.num_channels, size, size, device=self.device)
+            return {"pixel_values": pixels, "labels": labels}
+        shape = (examples, self.settings.max_length)
+        words = torch.ones(shape, dtype=torch.long, device=self.device)
+        mask = torch.ones(shape, dtype=torch.long, device=self.device)
+        mask[1 if examples > 1 else 0 :, -1] = 0
+        if self.settings.task == "causal-lm":
+            labels = torch.ones(shape, dtype=torch.long, device=self.device)
+        return {"input_ids": words, "attention_mask": mask, "labels": labels}
+
+    def _install(
+        self, ranks: Mapping[str, int], tensors: Tensors, base_delta: Tensors, blocks: Sequence[int] | None
+    ) -> None:
+        check_tensors(self.spec, ranks, tensors)
+        if blocks is not None:
+            self._check_blocks(ranks, tuple(blocks))
+        if dict(ranks) != self._ranks:
+            self._inject(ranks)
+        self._run_blocks(range(self.spec.num_blocks) if blocks is None else blocks)
+        self._copy(tensors)
+        self._change_base(base_delta)
+
+    def _copy(self, tensors: Tensors) -> None:
+        if self.has_storage:
+            with torch.no_grad():
+                for name, parameter in self._live.items():
+                    parameter.copy_(tensors[name])
+
+    def _check_blocks(self, ranks: Mapping[str, int], blocks: tuple[int, ...]) -> None:
+        if not blocks or blocks != tuple(sorted(set(blocks))) or blocks[0] < 0 or blocks[-1] >= self.spec.num_blocks:
+            raise ModelError(
+                f"loaded blocks must be increasing numbers from 0 to {self.spec.num_blocks - 1}, got {blocks}"
+            )
+        absent = [module for module in ranks if self.spec.block_of[module] not in blocks]
+        if absent:
+            raise ModelError(f"adapted modules must lie in loaded blocks {blocks}, got {some(absent)}")
+
+    def _inject(self, ranks: Mapping[str, int]) -> None:
+        """Replaces the adapters by uninitialised ones of these ranks."""
+        self._run_blocks(range(self.spec.num_blocks))  # PEFT finds modules by their names in the whole model
+        if self._tuner is not None:
+            self._tuner.unload()
+            self._tuner = None
+        self._live = {name: self._parameters[name] for name in self.spec.head}
+        if ranks:
+            config = self.adapter_config(ranks)
+            # Built without storage: kaiming's draws would cost time and touch the global generator.
+            self._tuner = LoraModel(self.base, config, _ADAPTER, low_cpu_mem_usage=True)
+        adapter: dict[str, nn.Parameter] = {}
+        with self.mode:
+            for module in self.spec.modules:  # the model's order, whatever the plan's: optimisers go through it
+                if module in ranks:
+                    adapter |= self._fill(module, ranks[module])
+        self._live = adapter | self._live
+        self._ranks = dict(ranks)
+
+    def _fill(self, module: str, rank: int) -> dict[str, nn.Parameter]:
+        """Gives a module's pair storage; returns it by global name."""
+        layer: Any = self.base.get_submodule(module)
+        out_features, in_features = self.spec.modules[module]
+        a = nn.Parameter(torch.empty(rank, in_features, device=self.device))
+        b = nn.Parameter(torch.empty(out_features, rank, device=self.device))
+        layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight = a, b
+        layer.scaling[_ADAPTER] = self.spec.scale  # alpha / rank of scale * rank may round
+        layer.cast_input_dtype_enabled = False  # under autocast the product casts; a float32 copy would be kept
+        return {lora.a_name(module): a, lora.b_name(module): b}
+
+    def _run_blocks(self, blocks: Iterable[int]) -> None:
+        chosen = [self._blocks[block] for block in blocks]
+        whole = len(chosen) == len(self._blocks)
+        setattr(self._block_owner, self._block_attribute, self._block_list if whole else nn.ModuleList(chosen))
+
+    @torch.no_grad()
+    def _change_base(self, delta: Tensors) -> None:
+        """Adds a dense change to frozen weights, from their first bits; whatever was added before is gone."""
+        for name in delta:
+            self._check_change(name, delta[name])
+        for name, pristine in self._pristine.items():
+            self._parameters[name].copy_(pristine)
+        self._pristine = {name: self._parameters[name].detach().clone() for name in delta}
+        for name, change in delta.items():
+            change = change.T if name in self._transposed else change
+            pristine = self._pristine[name]
+            self._parameters[name].copy_(pristine.float() + change.to(pristine.device))
+
+    def _check_change(self, name: str, change: torch.Tensor) -> None:
+        if name not in self._parameters or name in self.spec.head:
+            raise ModelError(f"a base delta must name a frozen weight, got {name}")
+        shape = self._parameters[name].shape
+        expected = tuple(reversed(shape)) if name in self._transposed else tuple(shape)
+        if tuple(change.shape) != expected:
+            raise ModelError(f"base delta of {name} must have shape {expected}, got {tuple(change.shape)}")
+
+    def _set_checkpointed(self, blocks: frozenset[int]) -> None:
+        """Marks exactly these blocks for recomputation in the backward pass."""
+        for index, block in enumerate(self._blocks):
+            wanted = index in blocks
+            if wanted and not isinstance(block, GradientCheckpointingLayer):
+                raise ModelError(
+                    f"a checkpointed block must support recomputation, got {type(block).__name__}; "
+                    "plan this model without checkpointing"
+                )
+            if isinstance(block, GradientCheckpointingLayer):
+                block.gradient_checkpointing = wanted
+                block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def ranks_of(tensors: Tensors) -> dict[str, int]:
+    """Module -> rank of the pair that is among the tensors."""
+    return {module: int(tensors[lora.a_name(module)].shape[0]) for module in lora.modules_of(tensors)}
+
+
+def check_tensors(spec: ModelSpec, ranks: Mapping[str, int], tensors: Tensors) -> None:
+    """Refuses tensors that are not exactly those of the ranks and the head.
+
+    Raises:
+        ModelError: A module is unknown, a rank is below 1, or a name or a shape differs.
+    """
+    unknown = sorted(ranks.keys() - spec.modules.keys())
+    if unknown:
+        raise ModelError(f"adapted modules must be among the model's targets, got {some(unknown)}")
+    low = sorted(module for module, rank in ranks.items() if rank < 1)
+    if low:
+        raise ModelError(f"a rank must be at least 1, got less for {some(low)}; leave the module out instead")
+    expected = lora.shapes(spec, ranks)
+    if expected.keys() != tensors.keys():
+        extra, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
+        raise ModelError(
+            "tensors must be exactly those of the plan's ranks and the head, "
+            f"got {some(extra)} too many and {some(missing)} missing"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ModelError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy in float32; of texts, each position predicts the next label."""
+    if labels.ndim == 2:
+        # Shifting the labels instead of the logits saves a copy of the largest tensor of the step.
+        labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def build_model(
+    settings: ModelSettings,
+    *,
+    num_labels: int | None = None,
+    device: Device = "cpu",
+    seed: int = 0,
+) -> AdaptedModel:
+    """Loads a base model and finds its blocks, modules to adapt and head.
+
+    Args:
+        settings: Which model.
+        num_labels: Classes; ``None`` for a language model.
+        device: ``meta`` and ``fake`` (tensors that claim to be on the CPU) have shapes and no storage, and need no
+            weights: a folder with a ``config.json`` is enough.
+        seed: Of the head's first values, where the checkpoint holds none.
+
+    Raises:
+        ModelError: The source cannot be had, lacks weights, or cannot be adapted as asked.
+    """
+    return AdaptedModel(settings, load_base(settings, num_labels, device, seed))
+
+
+def _default_targets(base: Any) -> tuple[str, ...]:
+    """The family's usual modules; none for a family that neither we nor PEFT know."""
+    family = base.config.model_type
+    known = _TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, ())
+    return () if isinstance(known, str) else tuple(known)
+
+
+def _extra_inputs(base: Any, settings: ModelSettings) -> dict[str, bool]:
+    """What a forward pass needs beside the batch."""
+    resized = settings.image_size is not None and settings.image_size != getattr(base.config, "image_size", None)
+    if resized and "interpolate_pos_encoding" in inspect.signature(base.forward).parameters:
+        return {"interpolate_pos_encoding": True}
+    return {}
+
+
+def _whole(value: float) -> float | int:
+    """The same number, without a fraction where there is none: PEFT's alpha is an integer by its type."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,1 @@
+"""Pictures of a run; the only folder that imports matplotlib."""

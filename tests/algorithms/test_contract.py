@@ -1,0 +1,296 @@
+"""The contract that every algorithm holds, as a table: one row an algorithm, one test a clause."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from examples.your_algorithm import ClippedFedIT
+from tests import toy
+
+from fedpilot import checkpoint, lora, memory, rounds, tensors
+from fedpilot.algorithms import ALGORITHMS
+from fedpilot.algorithms.fed_pilot import FedPilot
+from fedpilot.algorithms.fedit import FedIT
+from fedpilot.algorithms.hetlora import HetLoRA
+from fedpilot.errors import TrainingError
+from fedpilot.memory import MemoryProfile
+from fedpilot.types import Algorithm, ClientProfile, Failure, ModelSpec, Plan, Task, Upload
+
+RANK = 3
+SPEC = toy.spec()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm of the table.
+
+    Attributes:
+        make: From spec and profile to the algorithm.
+        as_fedit: The method set up so that, with equal budgets, it is FedIT by its paper; ``None`` where it never is.
+    """
+
+    make: Callable[[ModelSpec, MemoryProfile], Algorithm[Any]]
+    as_fedit: Callable[[ModelSpec, MemoryProfile], Algorithm[Any]] | None = None
+
+
+def pilot(**options: Any) -> Row:
+    return Row(
+        lambda s, p: FedPilot(s, p, rank=RANK, refresh_every=2, **options),
+        lambda s, p: FedPilot(s, p, rank=RANK, **options),
+    )
+
+
+TABLE = {
+    "fedit": Row(lambda s, p: FedIT(s, p, rank=RANK, participation="exclusive"), lambda s, p: FedIT(s, p, rank=RANK)),
+    "fedit-straggler": Row(
+        lambda s, p: FedIT(s, p, rank=RANK, participation="straggler", budget_bytes=budgets(p)[0]),
+        lambda s, p: FedIT(s, p, rank=RANK, participation="straggler", budget_bytes=10**9),
+    ),
+    "hetlora": Row(
+        lambda s, p: HetLoRA(s, p, r_min=1, r_max=RANK, gamma=0.7),
+        lambda s, p: HetLoRA(s, p, r_min=RANK, r_max=RANK, gamma=1.0, weights="examples"),
+    ),
+    "hetlora-by-module": Row(lambda s, p: HetLoRA(s, p, r_min=1, r_max=RANK, gamma=0.7, norm="module")),
+    "fed-pilot": pilot(),
+    "fed-pilot-comagg": pilot(aggregation="comagg"),
+    "fed-pilot-layerwise": pilot(aggregation="layerwise"),
+    "fed-pilot-ranks": Row(lambda s, p: FedPilot(s, p, rank=RANK, ranks=(1, RANK), refresh_every=2)),
+    "fed-pilot-random": pilot(solver="random"),
+    "fed-pilot-suffix": pilot(solver="suffix"),
+    "fed-pilot-additive": pilot(solver="additive"),
+    "your-algorithm": Row(lambda s, p: ClippedFedIT(s, p, rank=RANK)),
+}
+
+
+def budgets(profile: MemoryProfile) -> tuple[int, int, int]:
+    """A budget for the last block alone, one for the last two, one for all."""
+    peaks = [
+        memory.peak_bytes(profile, Plan(0, dict.fromkeys(SPEC.modules, RANK), names_from(block)))
+        for block in range(SPEC.num_blocks)
+    ]
+    return peaks[2], peaks[1], peaks[0]
+
+
+def names_from(block: int) -> frozenset[str]:
+    return frozenset(lora.names(lora.blocks_modules(SPEC, range(block, SPEC.num_blocks)))) | frozenset(SPEC.head)
+
+
+def population(profile: MemoryProfile, equal: bool = False) -> list[ClientProfile]:
+    """Six clients with unlike examples and, unless equal, three budgets."""
+    sizes = budgets(profile)
+    return [ClientProfile(k, 5 + 3 * k, 10**9 if equal else sizes[k % 3]) for k in range(6)]
+
+
+class Engine:
+    """Runs tasks on fresh toy sites; can make one client fail, and keeps what went over the wire."""
+
+    def __init__(self, algorithm: Algorithm[Any], clients: Sequence[ClientProfile], failing: int | None = None) -> None:
+        self.algorithm, self.clients, self.failing = algorithm, {c.client_id: c for c in clients}, failing
+        self.tasks: list[Task] = []
+        self.uploads: list[Upload] = []
+        self.sites: dict[int, Any] = {}
+
+    def exchange(self, round: int, tasks: Iterator[Task]) -> Iterator[Upload | Failure]:
+        for task in tasks:
+            client_id = task.plan.client_id
+            if client_id == self.failing:
+                yield Failure(client_id, str(TrainingError("made to fail")))
+                continue
+            self.sites[client_id] = toy.site(self.clients[client_id])
+            upload = self.algorithm.local_update(task, self.sites[client_id])
+            self.tasks.append(task)
+            self.uploads.append(upload)
+            yield upload
+
+
+def run(
+    row: Row, profile: MemoryProfile, *, num_rounds: int = 4, seed: int = 3, failing: int | None = None
+) -> tuple[Any, list[rounds.RoundRecord], Engine]:
+    """The row's algorithm over six unlike clients, four of them a round."""
+    algorithm = row.make(SPEC, profile)
+    clients = population(profile)
+    engine = Engine(algorithm, clients, failing)
+    states_and_records = list(
+        rounds.run_rounds(
+            algorithm, engine, clients, lambda d: {"loss": 0.0}, num_rounds=num_rounds, seed=seed, cohort_size=4
+        )
+    )
+    return states_and_records[-1][0], [record for _, record in states_and_records], engine
+
+
+def flat(state: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a state under the names of its fields."""
+    return {
+        f"{f.name}/{name}": value
+        for f in dataclasses.fields(state)
+        if isinstance(getattr(state, f.name), Mapping)
+        for name, value in getattr(state, f.name).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+every_row = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+
+
+def test_every_registered_algorithm_has_a_row() -> None:
+    made = {type(row.make(SPEC, None)) for name, row in TABLE.items() if name in ALGORITHMS}  # type: ignore[arg-type]
+    assert made == set(ALGORITHMS.values())
+
+
+@every_row
+def test_it_runs_records_and_learns_something(row: Row, profile: MemoryProfile) -> None:
+    state, records, _ = run(row, profile)
+    assert [record.round for record in records] == [1, 2, 3, 4]
+    assert all(record.aggregated and record.bytes_up > 0 and not record.failures for record in records)
+    start = row.make(SPEC, profile).init(rounds.generator(3, 0))
+    assert tensors.digest(flat(state)) != tensors.digest(flat(start))
+    assert tensors.is_finite(flat(state))
+
+
+@every_row
+def test_algorithm_and_state_are_frozen(row: Row, profile: MemoryProfile) -> None:
+    algorithm = row.make(SPEC, profile)
+    state = algorithm.init(np.random.default_rng(0))
+    for noun in (algorithm, state):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(noun, dataclasses.fields(noun)[0].name, None)
+
+
+@every_row
+def test_an_upload_holds_exactly_what_the_plan_trains(row: Row, profile: MemoryProfile) -> None:
+    _, _, engine = run(row, profile)
+    assert engine.uploads
+    for task, upload in zip(engine.tasks, engine.uploads, strict=True):
+        assert upload.tensors.keys() == task.plan.trainable
+
+
+@every_row
+def test_distributed_shapes_match_the_planned_ranks(row: Row, profile: MemoryProfile) -> None:
+    _, _, engine = run(row, profile)
+    for task in engine.tasks:
+        expected = lora.shapes(SPEC, task.plan.ranks)
+        assert {name: tuple(tensor.shape) for name, tensor in task.tensors.items()} == expected
+
+
+@every_row
+def test_what_a_plan_does_not_train_is_bit_identical_on_the_client(row: Row, profile: MemoryProfile) -> None:
+    algorithm = row.make(SPEC, profile)
+    clients = population(profile)
+    state = algorithm.init(np.random.default_rng(0))
+    for plan in algorithm.plan(state, clients, np.random.default_rng(0)):
+        if isinstance(plan, Plan):
+            task = algorithm.distribute(state, plan)
+            site = toy.site(clients[plan.client_id])
+            algorithm.local_update(task, site)
+            after = site.model.read()
+            frozen = [name for name in task.tensors if name not in plan.trainable]
+            assert all(torch.equal(after[name], task.tensors[name]) for name in frozen)
+
+
+@every_row
+def test_a_plan_fits_its_budget_by_the_profile_itself(row: Row, profile: MemoryProfile) -> None:
+    _, _, engine = run(row, profile)
+    for task in engine.tasks:
+        assert task.plan.peak_bytes is not None
+        assert task.plan.peak_bytes >= memory.peak_bytes(profile, replace(task.plan, scored=frozenset()))
+        assert task.plan.peak_bytes <= engine.clients[task.plan.client_id].memory_bytes
+
+
+@every_row
+def test_a_client_with_no_memory_is_left_out_with_the_budget_it_needs(row: Row, profile: MemoryProfile) -> None:
+    algorithm = row.make(SPEC, profile)
+    state = algorithm.init(np.random.default_rng(0))
+    poor = ClientProfile(0, 5, 1)
+    (entry,) = algorithm.plan(state, [poor], np.random.default_rng(0))
+    assert not isinstance(entry, Plan)
+    assert entry.needed_bytes is not None
+    (again,) = algorithm.plan(state, [replace(poor, memory_bytes=entry.needed_bytes)], np.random.default_rng(0))
+    assert isinstance(again, Plan)
+    (less,) = algorithm.plan(state, [replace(poor, memory_bytes=entry.needed_bytes - 1)], np.random.default_rng(0))
+    assert not isinstance(less, Plan)
+
+
+@every_row
+def test_a_state_is_never_edited(row: Row, profile: MemoryProfile) -> None:
+    algorithm = row.make(SPEC, profile)
+    clients = population(profile)
+    engine = Engine(algorithm, clients)
+    state = algorithm.init(np.random.default_rng(0))
+    for _ in range(3):
+        before, fields = (
+            tensors.digest(flat(state)),
+            {f.name: getattr(state, f.name) for f in dataclasses.fields(state)},
+        )
+        plans = [p for p in algorithm.plan(state, clients, np.random.default_rng(1)) if isinstance(p, Plan)]
+        new = algorithm.aggregate(state, engine.exchange(1, (algorithm.distribute(state, p) for p in plans)))  # type: ignore[arg-type]
+        assert tensors.digest(flat(state)) == before
+        assert all(getattr(state, name) is value for name, value in fields.items())
+        state = new
+
+
+@every_row
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(row: Row, profile: MemoryProfile) -> None:
+    digests = [tensors.digest(flat(run(row, profile, seed=seed)[0])) for seed in (3, 3, 4)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@every_row
+def test_a_failed_client_is_recorded_and_the_round_goes_on(row: Row, profile: MemoryProfile) -> None:
+    state, records, _ = run(row, profile, failing=2)
+    failed = [failure for record in records for failure in record.failures]
+    assert {failure.client_id for failure in failed} == {2}
+    assert all(record.aggregated for record in records)
+    assert tensors.is_finite(flat(state))
+
+
+@every_row
+def test_a_state_survives_a_checkpoint_bit_for_bit(row: Row, profile: MemoryProfile, tmp_path: Path) -> None:
+    state, _, _ = run(row, profile)
+    checkpoint.save(tmp_path / "c", {}, {"state": state})
+    _, values, saved = checkpoint.read(tmp_path / "c")
+    again = checkpoint.decode(values["state"], saved, checkpoint.classes_of(type(state)))
+    assert type(again) is type(state)
+    assert tensors.digest(flat(again)) == tensors.digest(flat(state))
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if not (isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values())):
+            assert getattr(again, field.name) == value
+
+
+@every_row
+def test_an_upload_of_the_global_adapter_changes_nothing(row: Row, profile: MemoryProfile) -> None:
+    """Fixed point: clients that learnt nothing leave the adapter where it is, whoever held which slot."""
+    algorithm = row.make(SPEC, profile)
+    clients = population(profile)
+    state = replace(algorithm.init(np.random.default_rng(0)), adapter=toy.random_adapter(SPEC, RANK))
+    plans = [p for p in algorithm.plan(state, clients, np.random.default_rng(1)) if isinstance(p, Plan)]
+    if isinstance(algorithm, HetLoRA):
+        plans = [p for p in plans if set(p.ranks.values()) == {RANK}]  # its zero padding is no fixed point, by design
+    sent = [algorithm.distribute(state, plan) for plan in plans]
+    uploads = (
+        Upload(t.plan.client_id, 5 + t.plan.client_id, tensors.only(t.tensors, t.plan.trainable), {"rank": RANK})
+        for t in sent
+    )
+    after = algorithm.aggregate(state, uploads)
+    for name, tensor in algorithm.deploy(after).tensors.items():
+        torch.testing.assert_close(tensor, state.adapter[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.as_fedit is not None])
+def test_it_is_fedit_bit_for_bit_where_its_paper_says_so(name: str, profile: MemoryProfile) -> None:
+    clients = population(profile, equal=True)
+    adapters = []
+    for make in (TABLE["fedit"].as_fedit, TABLE[name].as_fedit):
+        assert make is not None
+        algorithm = make(SPEC, profile)
+        engine = Engine(algorithm, clients)
+        *_, (state, _) = rounds.run_rounds(
+            algorithm, engine, clients, lambda d: {"loss": 0.0}, num_rounds=4, seed=1, cohort_size=4
+        )
+        adapters.append(tensors.digest(algorithm.deploy(state).tensors))
+    assert adapters[0] == adapters[1]

@@ -1,0 +1,310 @@
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpilot.config import schema, setup
+from fedpilot.config.recipe import SECTIONS, Recipe, load_recipe, read_recipe
+from fedpilot.config.schema import AT_LEAST_ONE, ByteSize
+from fedpilot.errors import ConfigError
+
+Tables = dict[str, dict[str, object]]
+
+
+def smallest() -> Tables:
+    """A recipe with nothing but what has no default."""
+    return {
+        "model": {"source": "minilm-l3"},
+        "data": {"source": "vader"},
+        "partition": {"num_clients": 3},
+        "clients": {"memory": ["100 MiB"]},
+        "training": {"learning_rate": 0.01},
+        "algorithm": {"name": "fed-pilot"},
+    }
+
+
+def read(tables: Tables, *overrides: str, folder: Path = Path("/nowhere")) -> Recipe:
+    return read_recipe(tables, "r.toml", overrides, folder)
+
+
+def problems(tables: Tables, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read(tables, *overrides)
+    return caught.value.problems
+
+
+def changed(section: str, **keys: object) -> Tables:
+    tables = smallest()
+    tables.setdefault(section, {}).update(keys)
+    return tables
+
+
+# --- schema -------------------------------------------------------------------------------------------------------
+
+
+SMALL = ByteSize(0)
+
+
+@dataclass(frozen=True)
+class Toy:
+    needed: int
+    size: ByteSize = SMALL
+    share: float = 0.5
+    kind: Literal["one", "other"] = "one"
+    many: tuple[Annotated[int, AT_LEAST_ONE], ...] = ()
+    maybe: Annotated[int | None, AT_LEAST_ONE] = None
+    flag: bool = False
+
+    def __post_init__(self) -> None:
+        if self.share > 1:
+            raise ValueError(f"share must be at most 1, got {self.share}")
+
+
+def toy(**table: object) -> tuple[Toy | None, list[str]]:
+    found: list[str] = []
+    return schema.build(Toy, table, lambda key: f"f: toy.{key}", found), found
+
+
+def test_a_table_becomes_its_dataclass() -> None:
+    assert toy(needed=2, size="1 KiB", share=1, kind="other", many=[1, 2], maybe=3, flag=True) == (
+        Toy(2, ByteSize(1024), 1.0, "other", (1, 2), 3, True),
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "f: toy.needed must be given; it has no default"),
+        ({"needed": 2.0}, "f: toy.needed must be an integer, got 2.0"),
+        ({"needed": True}, "f: toy.needed must be an integer, got true"),
+        (
+            {"needed": 1, "kind": "ohter"},
+            """f: toy.kind must be one of "one", "other", got "ohter"; did you mean 'other'?""",
+        ),
+        ({"needed": 1, "many": 3}, "f: toy.many must be a list, each entry of which must be an integer, got 3"),
+        ({"needed": 1, "many": [1, 0]}, "f: toy.many must be at least 1, got [1, 0]"),
+        ({"needed": 1, "maybe": "x"}, 'f: toy.maybe must be an integer or be "none", got "x"'),
+        ({"needed": 1, "maybe": 0}, "f: toy.maybe must be at least 1, got 0"),
+        ({"needed": 1, "flag": 1}, "f: toy.flag must be true or false, got 1"),
+        ({"needed": 1, "share": "half"}, 'f: toy.share must be a number, got "half"'),
+        ({"needed": 1, "share": 2}, "f: toy.share must be at most 1, got 2.0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(table: dict[str, object], message: str) -> None:
+    assert toy(**table) == (None, [message])
+
+
+def test_a_misspelt_key_comes_with_a_suggestion_and_the_known_ones() -> None:
+    _, found = toy(needed=1, sahre=0.5)
+    assert found == [
+        "f: toy.sahre must be a known key, got 0.5; did you mean 'share'? "
+        "known: flag, kind, many, maybe, needed, share, size"
+    ]
+
+
+def test_the_rules_of_the_class_are_heard_beside_those_of_single_values() -> None:
+    _, found = toy(needed=1, share=2, flag="yes")
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("text", ["220 MB", "0.5 GiB", "7 KiB", "12 b", "1.5mib"])
+def test_bytes_are_read_with_their_unit(text: str) -> None:
+    number, unit = re.fullmatch(r"([\d.]+)\s*(\w+)", text).groups()  # type: ignore[union-attr]
+    base = 1024 if "i" in unit.lower() else 1000
+    assert schema.parse_bytes(text) == int(float(number) * base ** "bkmg".index(unit.lower()[0]))
+
+
+@pytest.mark.parametrize("value", ["220", "220 apples", "-1 MiB", -1, 2.5, True, None])
+def test_what_is_not_bytes_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="be bytes"):
+        schema.parse_bytes(value)
+
+
+@given(
+    st.text(st.characters(exclude_categories=("Cs", "Cc"))) | st.integers() | st.booleans() | st.lists(st.integers())
+)
+def test_what_is_shown_reads_back(value: object) -> None:
+    import tomllib
+
+    assert tomllib.loads(f"value = {schema.show(value)}")["value"] == value
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_recipe_has_defaults_for_everything_else() -> None:
+    recipe = read(smallest())
+    assert recipe.run.rounds == 10
+    assert recipe.algorithm.name == "fed-pilot"
+    assert recipe.baseline is None
+    assert recipe.clients.memory == (100 * 2**20,)
+
+
+def test_a_recipe_reads_back_from_what_it_writes(tmp_path: Path) -> None:
+    tables = changed("baseline", name="fedit", participation="exclusive")
+    tables["training"] |= {"max_grad_norm": "none", "schedule": "cosine"}
+    tables["clients"] |= {"memory": ["1 GiB", 5], "tiers": ["a", 'b "quoted"']}
+    recipe = read(tables)
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    assert load_recipe(tmp_path / "again.toml") == recipe
+    assert read_recipe(recipe.resolved(), "manifest") == recipe
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    tables = smallest()
+    tables["run"] = {"ronds": 5, "seed": -1}
+    tables["model"]["rank"] = 0
+    tables["training"] = {"learning_rate": -1, "batch_size": 0, "optimizer": "adamw"}
+    tables["partition"] = {"kind": "dirichlet"}
+    tables["algorithm"] = {"name": "fed-pilto"}
+    tables["modle"] = {}
+    found = problems(tables)
+    assert len(found) == 10
+    assert all(problem.startswith("r.toml: ") for problem in found)
+    for part in ("run.ronds", "run.seed", "model.rank", "learning_rate", "batch_size", "optimizer", "[modle]"):
+        assert any(part in problem for problem in found), part
+    assert "did you mean 'fed-pilot'? known: fed-pilot, fedit, hetlora" in "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("run", {"rounds": 0}, "r.toml: run.rounds must be at least 1, got 0"),
+        ("run", {"name": "a/b"}, 'r.toml: run.name must be a name without slashes, got "a/b"'),
+        ("run", {"cohort": 4}, 'r.toml: run.cohort must be at most partition.num_clients, 3, got 4; set it to "none"'),
+        ("clients", {"memory": []}, "r.toml: clients.memory must not be empty, got []"),
+        ("clients", {"memory": ["9 apples"]}, "clients.memory must be bytes: an integer, or a number with a unit"),
+        ("clients", {"tiers": ["a", "b"]}, "clients.tiers must have one entry for each of the 1 of memory, got 2"),
+        ("clients", {"micro_batches": [3]}, "clients.micro_batches must be divisors of training.batch_size, 16"),
+        ("partition", {"kind": "column"}, 'r.toml: partition.column must be given for kind "column", got none'),
+        ("partition", {"kind": "pathological"}, "r.toml: partition.classes_per_client must be given"),
+        ("data", {"test_fraction": 1}, "r.toml: data.test_fraction must lie strictly between 0 and 1, got 1"),
+        ("data", {"task": "causal-lm"}, "r.toml: data.task must be a known key"),
+        ("model", {"task": "causal-ml"}, "did you mean 'causal-lm'?"),
+        ("model", {"source": "minilm-l7"}, "r.toml: model.source must be a packaged asset, a local path or a hub id"),
+        ("data", {"source": "vadre"}, "did you mean 'vader'? known: "),
+        ("algorithm", {"name": "fedit", "particpation": "all"}, "did you mean 'participation'?"),
+        ("algorithm", {"name": "fedit", "participation": "most"}, 'must be one of "all", "exclusive", "straggler"'),
+        ("evaluation", {"metric": "accurracy"}, "must be one of auto, accuracy, loss, got"),
+        ("algorithm", {"spec": 1}, "r.toml: algorithm.spec must be a known key"),
+        ("algorithm", {"name": "hetlora", "r_min": 8, "r_max": 4}, "r.toml: algorithm.r_min must lie in 1..r_max"),
+        ("baseline", {"participation": "all"}, "r.toml: baseline.name must be a known algorithm, got nothing"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_file_key_value_and_rule(
+    section: str, keys: dict[str, object], message: str
+) -> None:
+    assert message in "\n".join(problems(changed(section, **keys)))
+
+
+def test_a_section_that_is_missing_names_what_it_must_hold() -> None:
+    tables = smallest()
+    del tables["clients"]
+    assert problems(tables) == ("r.toml: clients.memory must be given; it has no default",)
+
+
+def test_a_value_where_a_section_belongs_is_refused() -> None:
+    tables: dict[str, object] = {**smallest(), "run": 5}
+    assert "r.toml: run must be a section, got 5; write [run] above its keys" in problems(tables)  # type: ignore[arg-type]
+
+
+def test_overrides_win_and_are_read_as_toml_or_else_as_text() -> None:
+    recipe = read(
+        smallest(), "run.rounds=3", "run.name=mine", 'clients.memory=["1 KiB"]', "training.max_grad_norm=none"
+    )
+    assert (recipe.run.rounds, recipe.run.name, recipe.clients.memory) == (3, "mine", (1024,))
+    assert recipe.training.max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.rounds", "--set must be section.key=value, got 'run.rounds'"),
+        ("rounds=3", "--set must be section.key=value, got 'rounds=3'"),
+        ("rnu.rounds=3", "--set rnu.rounds: [rnu] must be a known section; did you mean 'run'?"),
+        ("run.rounds=0", "--set: run.rounds must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_override_is_said_to_be_one(override: str, message: str) -> None:
+    assert message in "\n".join(problems(smallest(), override))
+
+
+def test_paths_in_a_recipe_are_relative_to_it_and_those_on_the_command_line_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables = changed("data", source="mine.csv", test="more.csv")
+    recipe = read(tables, folder=tmp_path / "recipes")
+    assert recipe.data.source == str(tmp_path / "recipes" / "mine.csv")
+    assert recipe.data.test == str(tmp_path / "recipes" / "more.csv")
+    assert read(tables, "data.source=here.csv", folder=tmp_path / "recipes").data.source == str(tmp_path / "here.csv")
+
+
+def test_a_local_model_folder_becomes_absolute_and_a_hub_id_stays(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert read(changed("model", source="model"), folder=tmp_path).model.source == str(tmp_path / "model")
+    assert read(changed("model", source="org/model"), folder=tmp_path).model.source == "org/model"
+
+
+@pytest.mark.parametrize("text", ["[run\n", "run = \xff"])
+def test_a_file_that_is_not_toml_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recipe must be a readable text file"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_the_metric_follows_from_the_task_where_it_is_left_out() -> None:
+    assert read(smallest()).evaluation.metric == "accuracy"
+    assert read(changed("model", task="causal-lm")).evaluation.metric == "perplexity"
+
+
+def test_every_section_is_a_field_of_the_recipe() -> None:
+    assert set(SECTIONS) == set(Recipe.__dataclass_fields__)
+
+
+# --- setup --------------------------------------------------------------------------------------------------------
+
+
+def test_tiers_go_round_and_a_shuffle_deals_the_same_ones() -> None:
+    recipe = read(changed("clients", memory=[1, 2, 3]))
+    assert setup.tier_of_clients(recipe, 7) == [0, 1, 2, 0, 1, 2, 0]
+    shuffled = replace(recipe, clients=replace(recipe.clients, assign="shuffle"))
+    dealt = setup.tier_of_clients(shuffled, 7)
+    assert sorted(dealt) == [0, 0, 0, 1, 1, 2, 2]
+    assert dealt == setup.tier_of_clients(shuffled, 7)
+
+
+@pytest.mark.parametrize(("examples", "epochs", "cap", "steps"), [(33, 1, None, 3), (33, 2, None, 6), (33, 2, 4, 4)])
+def test_steps_of_a_local_update_are_counted(examples: int, epochs: int, cap: int | None, steps: int) -> None:
+    training = replace(read(smallest()).training, batch_size=16, local_epochs=epochs, max_steps=cap)
+    assert setup.num_steps(examples, training) == steps
+
+
+def test_seeds_differ_by_client_round_and_purpose() -> None:
+    seeds = {
+        setup.seed_of(0, purpose, client, round) for purpose in (1, 2) for client in range(5) for round in range(5)
+    }
+    assert len(seeds) == 50
+
+
+def test_columns_that_other_sections_name_are_kept() -> None:
+    tables = changed("partition", kind="column", column="domain")
+    tables["evaluation"] = {"by": "source"}
+    tables["data"]["columns"] = ["domain"]
+    assert setup.data_settings(read(tables)).columns == ("domain", "source")
+
+
+def test_a_metric_of_loss_is_better_when_it_is_lower() -> None:
+    assert setup.goal(read(changed("evaluation", metric="loss/nyt"))).higher_is_better is False
+    assert setup.goal(read(changed("evaluation", metric="accuracy"))).higher_is_better is True

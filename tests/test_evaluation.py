@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+
+from fedpilot.errors import DataError
+from fedpilot.evaluation import evaluate
+from fedpilot.types import Deployment
+from tests import tiny
+
+
+def deployment(family: str) -> Deployment:
+    adapted = tiny.shared(family)
+    return Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)))
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_accuracy_and_loss_are_exact_means_over_examples(family: str) -> None:
+    adapted, examples = tiny.shared(family), tiny.examples(family, 11)
+    metrics = evaluate(adapted, deployment(family), examples, batch_size=4)
+    logits = torch.cat([tiny.logits(adapted, batch) for batch in examples.batches(1)])
+    labels = torch.tensor([int(row["labels"]) for row in examples.tensors])
+    assert metrics["accuracy"] == float((logits.argmax(dim=1) == labels).double().mean())
+    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
+    assert 0 < metrics["accuracy"] < 1
+
+
+def test_perplexity_weighs_every_word_alike() -> None:
+    adapted, examples = tiny.shared("llama"), tiny.examples("llama", 7)
+    metrics = evaluate(adapted, deployment("llama"), examples, batch_size=2)
+    total = words = 0.0
+    for batch in examples.batches(1):
+        count = batch["input_ids"].shape[1] - 1
+        total += count * float(adapted.loss(batch).detach())
+        words += count
+    assert metrics == {
+        "loss": pytest.approx(total / words, rel=1e-4),
+        "perplexity": pytest.approx(math.exp(total / words), rel=1e-3),
+    }
+    plain_mean = sum(float(adapted.loss(batch).detach()) for batch in examples.batches(1)) / 7
+    assert abs(plain_mean - metrics["loss"]) > 1e-3
+
+
+def test_groups_have_their_own_metrics_and_leave_the_overall_ones_alone() -> None:
+    adapted, examples = tiny.shared("vit"), tiny.examples("vit", 9)
+    groups = ["shop", "tweets", "shop", "shop", "tweets", "shop", "shop", "shop", "tweets"]
+    overall = evaluate(adapted, deployment("vit"), examples)
+    metrics = evaluate(adapted, deployment("vit"), examples, groups=groups)
+    tweets = evaluate(adapted, deployment("vit"), examples.subset([1, 4, 8]))
+    assert metrics["accuracy/tweets"] == tweets["accuracy"]
+    assert metrics["loss/tweets"] == pytest.approx(tweets["loss"], rel=1e-5)
+    assert metrics["accuracy"] == overall["accuracy"]
+    assert metrics["loss"] == pytest.approx(overall["loss"], rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((6 * metrics["accuracy/shop"] + 3 * metrics["accuracy/tweets"]) / 9)
+    assert set(metrics) == {f"{m}{g}" for m in ("accuracy", "loss") for g in ("", "/shop", "/tweets")}
+
+
+def test_a_language_model_has_perplexities_by_group() -> None:
+    metrics = evaluate(tiny.shared("llama"), deployment("llama"), tiny.examples("llama", 3), groups=["a", "b", "a"])
+    assert set(metrics) == {f"{m}{g}" for m in ("loss", "perplexity") for g in ("", "/a", "/b")}
+
+
+def test_what_was_loaded_before_does_not_show() -> None:
+    adapted, examples = tiny.build("bert", dropout=0.5), tiny.examples("bert", 5)
+    chosen = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)))
+    first = evaluate(adapted, chosen, examples)
+    adapted.load(tiny.task(adapted, tiny.mixed_ranks(adapted, [0, 3]), blocks=(0, 3), checkpointed=frozenset({3})))
+    adapted.base.train()
+    assert evaluate(adapted, chosen, examples) == first
+
+
+def test_an_evaluation_must_have_examples_and_a_group_for_each() -> None:
+    with pytest.raises(DataError, match="must have examples, got none"):
+        evaluate(tiny.shared("vit"), deployment("vit"), tiny.Rows(()))
+    with pytest.raises(DataError, match="each of the 10 examples, got 1 names"):
+        evaluate(tiny.shared("vit"), deployment("vit"), tiny.examples("vit"), groups=["a"])

@@ -1,0 +1,154 @@
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedpilot.errors import ModelError
+from fedpilot.export import export_peft
+from fedpilot.types import Deployment
+from tests import tiny
+
+CASES: Mapping[str, tuple[str, list[int] | None]] = {
+    "bert-mixed": ("bert", None),
+    "bert-some": ("bert", [1, 10]),
+    "vit-mixed": ("vit", None),
+    "dinov2-some": ("dinov2", [0, 2]),
+    "llama-mixed": ("llama", None),
+    "llama-some": ("llama", [2]),
+    "gpt2-mixed": ("gpt2", None),
+}
+"""Name -> family and the blocks that have adapters."""
+
+PLAIN_USER = """
+import json, sys, warnings
+warnings.simplefilter("error", UserWarning)
+from pathlib import Path
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+import torch
+
+transformers.logging.disable_progress_bar()
+for line in Path(sys.argv[1]).read_text().splitlines():
+    folder, auto_class, options = json.loads(line)
+    folder = Path(folder)
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = getattr(transformers, auto_class).from_pretrained(base, **options)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    inputs = load_file(folder / "inputs.safetensors")
+    with torch.no_grad():
+        save_file({"logits": model(**inputs).logits}, folder / "outputs.safetensors")
+assert "fedpilot" not in sys.modules
+"""
+
+AUTO = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+def export_case(case: str, root: Path) -> tuple[Path, torch.Tensor]:
+    """Exports a case with its inputs beside it; returns the folder and fedpilot's own logits."""
+    family, blocks = CASES[case]
+    adapted = tiny.shared(family)
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, blocks), seed=len(case)))
+    folder = export_peft(adapted, deployment, root / case, facts={"rounds": 7})
+    inputs = {name: tensor for name, tensor in tiny.batch(family).items() if name != "labels"}
+    save_file(inputs, folder / "inputs.safetensors")
+    adapted.deploy(deployment)
+    return folder, tiny.logits(adapted, inputs)
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Case -> fedpilot's logits, and those of a process that has only transformers and peft."""
+    root = tmp_path_factory.mktemp("exports")
+    exported = {case: export_case(case, root) for case in CASES}
+    lines = []
+    for case, (folder, _) in exported.items():
+        settings = tiny.SETTINGS[CASES[case][0]]
+        options = {} if settings.task == "causal-lm" else {"num_labels": tiny.NUM_LABELS}
+        lines.append(json.dumps([str(folder), AUTO[settings.task], options]))
+    (root / "cases").write_text("\n".join(lines))
+    run = subprocess.run(
+        [sys.executable, "-c", PLAIN_USER, str(root / "cases")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return {
+        case: (own, load_file(folder / "outputs.safetensors")["logits"]) for case, (folder, own) in exported.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_gives_the_same_logits_without_fedpilot(
+    case: str, logits: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    own, plain = logits[case]
+    torch.testing.assert_close(plain, own, rtol=0, atol=1e-5)
+    assert own.std() > 0.01
+
+
+def test_the_files_say_exactly_which_module_has_which_rank(tmp_path: Path) -> None:
+    folder, _ = export_case("bert-some", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    adapted = tiny.shared("bert")
+    ranks = tiny.mixed_ranks(adapted, [1, 10])
+    assert config["rank_pattern"] == ranks
+    assert config["alpha_pattern"] == {module: 1.5 * rank for module, rank in ranks.items()}
+    assert sorted(config["target_modules"]) == sorted(ranks)
+    assert config["modules_to_save"] == ["classifier"]
+    assert config["base_model_name_or_path"] == str(tiny.folder("bert"))
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 6, "SEQ_CLS")
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 2 * len(ranks) + 2
+    module = "bert.encoder.layer.10.intermediate.dense"
+    assert tuple(weights[f"base_model.model.{module}.lora_B.weight"].shape) == (40, ranks[module])
+
+
+def test_a_trained_pooler_is_exported_with_the_classifier(tmp_path: Path) -> None:
+    adapted = tiny.build("bert", device="meta", train_pooler=True)
+    tensors = tiny.random_tensors(adapted, tiny.mixed_ranks(adapted))
+    folder = export_peft(adapted, Deployment(tensors), tmp_path / "new" / "folder")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    assert "base_model.model.bert.pooler.dense.weight" in load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_model_card_names_base_ranks_and_run(tmp_path: Path) -> None:
+    adapted = tiny.shared("llama")
+    tensors = tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, [1]))
+    facts = {"algorithm": "fed-pilot", "rounds": 7}
+    card = (
+        export_peft(adapted, Deployment(tensors), tmp_path, base_model="some/base", facts=facts) / "README.md"
+    ).read_text()
+    head, metadata, body = card.split("---\n", maxsplit=2)
+    assert head == ""
+    for line in (
+        "base_model: some/base",
+        "library_name: peft",
+        "- lora",
+        "- federated",
+        "pipeline_tag: text-generation",
+    ):
+        assert line in metadata.splitlines()
+    for line in ("| algorithm | fed-pilot |", "| rounds | 7 |", "| 0 | - |", "| 1 | q_proj 1, v_proj 4 |"):
+        assert line in body.splitlines()
+    assert 'AutoModelForCausalLM.from_pretrained("some/base")' in body
+
+
+def test_what_an_adapter_cannot_hold_is_not_exported(tmp_path: Path) -> None:
+    adapted = tiny.shared("llama")
+    tensors = tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, [1]))
+    with pytest.raises(ModelError, match="got changes of 1 base weights"):
+        export_peft(adapted, Deployment(tensors, {"model.norm.weight": torch.zeros(24)}), tmp_path)
+    with pytest.raises(ModelError, match="at least one adapted module"):
+        export_peft(adapted, Deployment({}), tmp_path)
+    with pytest.raises(ModelError, match="must be exactly those"):
+        export_peft(tiny.shared("vit"), Deployment({}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
