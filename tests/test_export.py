@@ -3,13 +3,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedpilot import assets
+from fedpilot.client import ClientModel
 from fedpilot.errors import ModelError
 from fedpilot.export import export_peft
+from fedpilot.model import ModelSettings, build_model
+from fedpilot.training import TrainingSettings
 from fedpilot.types import Deployment
 from tests import tiny
 
@@ -65,24 +70,27 @@ def export_case(case: str, root: Path) -> tuple[Path, torch.Tensor]:
     return folder, tiny.logits(adapted, inputs)
 
 
+def plain_logits(root: Path, exported: list[tuple[Path, str]]) -> dict[Path, torch.Tensor]:
+    """Logits of the exported folders in one process that never imports fedpilot."""
+    lines = []
+    for folder, task in exported:
+        options = {} if task == "causal-lm" else {"num_labels": tiny.NUM_LABELS}
+        lines.append(json.dumps([str(folder), AUTO[task], options]))
+    (root / "cases").write_text("\n".join(lines))
+    command = [sys.executable, "-c", PLAIN_USER, str(root / "cases")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return {folder: load_file(folder / "outputs.safetensors")["logits"] for folder, _ in exported}
+
+
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Case -> fedpilot's logits, and those of a process that has only transformers and peft."""
     root = tmp_path_factory.mktemp("exports")
     exported = {case: export_case(case, root) for case in CASES}
-    lines = []
-    for case, (folder, _) in exported.items():
-        settings = tiny.SETTINGS[CASES[case][0]]
-        options = {} if settings.task == "causal-lm" else {"num_labels": tiny.NUM_LABELS}
-        lines.append(json.dumps([str(folder), AUTO[settings.task], options]))
-    (root / "cases").write_text("\n".join(lines))
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN_USER, str(root / "cases")], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return {
-        case: (own, load_file(folder / "outputs.safetensors")["logits"]) for case, (folder, own) in exported.items()
-    }
+    tasks = [(folder, tiny.SETTINGS[CASES[case][0]].task) for case, (folder, _) in exported.items()]
+    plain = plain_logits(root, tasks)
+    return {case: (own, plain[folder]) for case, (folder, own) in exported.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,6 +100,36 @@ def test_an_export_gives_the_same_logits_without_fedpilot(
     own, plain = logits[case]
     torch.testing.assert_close(plain, own, rtol=0, atol=1e-5)
     assert own.std() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "task", "blocks", "pooler"),
+    [
+        ("minilm-l3", "sequence-classification", 3, True),
+        ("minilm-l6", "sequence-classification", 6, False),
+        ("dinov2-s", "image-classification", 12, False),
+        ("smollm2-135m", "causal-lm", 30, False),
+    ],
+)
+def test_real_weights_are_trained_and_exported(name: str, task: Any, blocks: int, pooler: bool, tmp_path: Path) -> None:
+    settings = ModelSettings(assets.resolve(name), task, max_length=12, image_size=56 if "dinov2" in name else None)
+    adapted = build_model(settings, num_labels=None if task == "causal-lm" else tiny.NUM_LABELS)
+    assert adapted.spec.num_blocks == blocks
+    assert any("pooler" in tensor for tensor in adapted.spec.head) is pooler
+    work = tiny.task(adapted, tiny.mixed_ranks(adapted, [0, 1, blocks - 1]))
+    rows = tiny.Rows(tuple({key: tensor[0] for key, tensor in adapted.made_up_batch(1).items()} for _ in range(6)))
+    client = ClientModel(adapted, rows, TrainingSettings(learning_rate=1e-3, batch_size=2), learning_rate=1e-3, seed=0)
+    client.load(work)
+    assert client.fit(work.plan.trainable)["steps"] == 3
+    deployment = Deployment(client.read())
+    folder = export_peft(adapted, deployment, tmp_path / "adapter")
+    inputs = {key: tensor for key, tensor in adapted.made_up_batch(2).items() if key != "labels"}
+    save_file(inputs, folder / "inputs.safetensors")
+    adapted.deploy(deployment)
+    own = tiny.logits(adapted, inputs)
+    # Random pairs make logits of dozens: what is compared is their first five digits.
+    torch.testing.assert_close(plain_logits(tmp_path, [(folder, task)])[folder], own, rtol=1e-5, atol=1e-5)
 
 
 def test_the_files_say_exactly_which_module_has_which_rank(tmp_path: Path) -> None:

@@ -412,6 +412,18 @@ def test_unknown_target_modules_are_answered_with_the_known_ones() -> None:
         tiny.build("bert", device="meta", target_modules=("value", "qeury"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_must_be_able_to_do_its_task(device: str) -> None:
+    with pytest.raises(ModelError, match="must be one that vit can do, got 'causal-lm'"):
+        tiny.build("vit", device=device, task="causal-lm")
+
+
+def test_the_record_names_what_was_chosen() -> None:
+    facts = tiny.build("bert", attention="eager", target_modules=None).facts
+    assert (facts["attention"], facts["dtype"], facts["target_modules"]) == ("eager", "float32", "query, value")
+    assert facts["head"] == "classifier.weight, classifier.bias"
+
+
 def test_a_classifier_must_know_its_classes() -> None:
     with pytest.raises(ModelError, match="must know its number of classes"):
         build_model(tiny.settings("vit"))

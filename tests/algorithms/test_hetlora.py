@@ -146,7 +146,7 @@ def test_the_penalty_is_lambda_times_the_tail_and_has_a_gradient(profile: Memory
     assert scripted.penalty is not None
     live = {name: tensor.clone().requires_grad_() for name, tensor in adapter.items()}
     value = scripted.penalty(live)
-    assert float(value) == pytest.approx(0.25 * float(tail_norm(adapter, 2)))
+    assert value.item() == pytest.approx(0.25 * float(tail_norm(adapter, 2)))
     value.backward()
     gradient = live[lora.a_name(MODULES[0])].grad
     assert gradient is not None

@@ -14,10 +14,10 @@ choices (a cost a block, summed):
 - operations, where there is a deadline;
 - count: exactly m blocks are checkpointed.
 
-For multipliers θ (>= 0, but for the count) ``sum_j max_c (value - θ·cost) + θ·capacity`` is at least the value of every
-plan of the case that fits: each gets its value plus θ times what it leaves unused, block by block maximised. No θ is
-wrong, good ones are tighter. The gap between a choice and the block's best is the choice's *reduced cost*: what the
-bound loses when it is taken.
+For multipliers θ >= 0 of head, recompute and operations, the greatest ``sum_j (value - θ·cost) + θ·capacity`` over all
+ways to checkpoint exactly m blocks is at least the value of every plan of the case that fits: each gets its value plus θ
+times what it leaves unused. It is found at once: every block's best plain and best checkpointed choice, and the m blocks
+that gain most by the latter. No θ is wrong, good ones are tighter.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from fedpilot.allocation.costs import Bools, Costs, Floats, Ints
 
 FORBIDDEN = 2**50
 """Cost of a choice that may not be taken: above all limits, and sums over blocks do not overflow."""
-PLAIN, CHECKPOINTED, MIXED = range(3)
+MISSING = -64.0
+"""Reduced value of a choice that does not exist: worse than any, but finite; a bound only grows by it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Relaxation:
         count: (num_cases,) m of each case.
         recompute: (num_cases,) least backward peak of the topmost checkpointed block; 0 where m = 0.
         costs_of_rows: (3, 2, num_blocks, num_choices) head, recompute, operations, as ``Costs`` stacks them.
+        least_peak: (num_cases,) no plan of the case has less.
+        least_flops: (num_cases,) no plan of the case has less.
         rows: (num_rows, 2, num_blocks, num_choices) the rows that apply, in units of each row's scale.
-        free: (num_rows,) whether the row's multiplier may be negative.
     """
 
     def __init__(self, costs: Costs, *, deadline: bool) -> None:
@@ -64,23 +66,22 @@ class Relaxation:
         exists = m <= costs.num_blocks - s
         self.lowest: Ints = s[exists].astype(np.int64)
         self.count: Ints = m[exists].astype(np.int64)
-        self.kind: Ints = np.where(
-            self.count == 0, PLAIN, np.where(self.count == costs.num_blocks - self.lowest, CHECKPOINTED, MIXED)
-        )
         self.recompute = self._least_recompute()
         saved = np.where(costs.recomputes, costs.saved, np.minimum(costs.saved, costs.gradient))
         self.costs_of_rows = np.stack([costs.resident + costs.saved, costs.resident + saved, costs.flops])
-        used = [True, some, deadline, some]
-        self.free: Bools = np.array([False, False, False, True])[used]
-        self._set_rows(used)
-        self.least = [self.least_sums(np.arange(len(self.lowest)), row) for row in self.costs_of_rows]
+        self._set_rows([True, some, deadline])
+        self._set_least()
 
     def _set_rows(self, used: list[bool]) -> None:
         costs, table = self.costs, self.costs.table
-        rows = np.concatenate([self.costs_of_rows, np.zeros_like(self.costs_of_rows[:1])])
+        rows = self.costs_of_rows.copy()
         rows[0, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
-        rows[3] = costs.recomputes
-        scale = np.maximum(rows.max(axis=(1, 3)).sum(axis=1), 1).astype(np.float64)
+        # What every plain and every checkpointed block costs at least is charged to the case, which knows their numbers:
+        # then rows differ in what is left to decide, and multipliers are found in few steps.
+        plain = np.where(costs.recomputes, FORBIDDEN, rows[:, 0]).min(axis=(1, 2))
+        checkpointed = np.where(costs.recomputes, rows[:, 0], FORBIDDEN).min(axis=(1, 2))
+        rows -= np.where(costs.recomputes, checkpointed[:, None], plain[:, None])[:, None, None, :]
+        scale = np.maximum(np.abs(rows).max(axis=(1, 3)).sum(axis=1), 1).astype(np.float64)
         self.rows: Floats = (rows / scale[:, None, None, None])[used]
         standing = table.fixed + costs.frozen_resident[self.lowest]
         taken = np.stack(
@@ -88,9 +89,11 @@ class Relaxation:
                 standing + table.head_peak,
                 standing + table.head_gradient + self.recompute,
                 table.head_flops + costs.frozen_flops[self.lowest],
-                -self.count,
             ]
         )
+        num_plain = costs.num_blocks - self.lowest - self.count
+        taken += np.where(num_plain > 0, num_plain * plain[:, None], 0)
+        taken += np.where(self.count > 0, self.count * checkpointed[:, None], 0)
         self._taken: Floats = (taken / scale[:, None])[used]  # (num_rows, num_cases) of the limit, by the case alone
         self._scale, self._used = scale[used], np.flatnonzero(used)
 
@@ -106,8 +109,7 @@ class Relaxation:
 
     def limits_of_rows(self, limits: Limits) -> Floats:
         """(num_rows, ...) what each row's sum is limited by, before what the case takes."""
-        nothing = np.zeros_like(limits.budget_bytes)
-        kinds = [limits.budget_bytes, limits.budget_bytes, limits.max_flops, nothing]
+        kinds = [limits.budget_bytes, limits.budget_bytes, limits.max_flops]
         return np.stack([kinds[kind] / scale for kind, scale in zip(self._used, self._scale, strict=True)])
 
     def capacity(self, limits: Limits, case: Ints) -> Floats:
@@ -115,48 +117,50 @@ class Relaxation:
         return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T)
 
     def all_cases(self, values: Floats, limits: Limits, theta: Floats) -> Floats:
-        """Bound of every case at one θ a client: (num_clients, num_cases), by suffix sums over the blocks.
+        """Bound of every case at one θ a client: (num_clients, num_cases).
 
         Args:
             values: (num_clients, num_blocks, num_choices).
             limits: Of the clients.
             theta: (num_clients, num_rows).
         """
-        bases = np.concatenate(self._bases(values, theta), axis=1)
-        bound = bases[:, self.kind * self.costs.num_blocks + self.lowest]
+        num_blocks, (above, lowest) = self.costs.num_blocks, self._best(values, theta)
+        plain = np.cumsum(above[0][:, ::-1], axis=1)[:, ::-1] - above[0] + lowest[0]  # (client, s)
+        most = np.zeros((len(values), num_blocks, num_blocks + 1))  # (client, s, m): the m greatest gains, summed
+        if self.count.any():
+            blocks = np.arange(num_blocks)
+            gain = np.where(blocks[:, None] < blocks, (above[1] - above[0])[:, None, :], 2 * MISSING)
+            gain[:, blocks, blocks] = lowest[1] - lowest[0]
+            np.cumsum(-np.sort(-gain, axis=2), axis=2, out=most[:, :, 1:])
+        bound = np.asarray(plain[:, self.lowest] + most[:, self.lowest, self.count])
         for row, limit in enumerate(self.limits_of_rows(limits)):
             bound += theta[:, row, None] * (limit[:, None] - self._taken[row])
         return bound
 
-    def _bases(self, values: Floats, theta: Floats) -> list[Floats]:
-        """For each kind of case the sum of the best reduced values: (num_clients, num_blocks), by lowest block."""
-        above, lowest = [np.full((3, *values.shape[:2]), -np.inf) for _ in range(2)]
+    def _best(self, values: Floats, theta: Floats) -> tuple[list[Floats], list[Floats]]:
+        """Best reduced value of a block above s and as s, plain and checkpointed: (num_clients, num_blocks) each."""
+        best = [[np.full(values.shape[:2], MISSING) for _ in range(2)] for _ in range(2)]
         for choice in range(self.costs.num_choices):  # one at a time: its (client, block) plane stays in the cache
-            kind = CHECKPOINTED if self.costs.recomputes[choice] else PLAIN
-            for which, best in enumerate((above, lowest)):
-                if which == 0 or self.costs.trains[choice]:
-                    reduced = values[:, :, choice].copy()
-                    for row, cost in enumerate(self.rows[:, which, :, choice]):
-                        reduced -= theta[:, row, None] * cost
-                    np.maximum(best[kind], reduced, out=best[kind])
-        result = []
-        for best in (above, lowest):
-            np.maximum(best[PLAIN], best[CHECKPOINTED], out=best[MIXED])
-        for kind in (PLAIN, CHECKPOINTED, MIXED):
-            sums = np.cumsum(above[kind][:, ::-1], axis=1)[:, ::-1]
-            lowest[kind][:, :-1] += sums[:, 1:]
-            result.append(lowest[kind])
-        return result
+            for which in (0, 1) if self.costs.trains[choice] else (0,):
+                reduced = values[:, :, choice].copy()
+                for row, cost in enumerate(self.rows[:, which, :, choice]):
+                    reduced -= theta[:, row, None] * cost
+                so_far = best[which][int(self.costs.recomputes[choice])]
+                np.maximum(so_far, reduced, out=so_far)
+        return best[0], best[1]
 
     def possible(self, limits: Limits) -> Bools:
         """(num_clients, num_cases) false where even the cheapest choices break a row."""
+        fits = limits.budget_bytes[:, None] >= self.least_peak
+        return np.asarray(fits & (limits.max_flops[:, None] >= self.least_flops))
+
+    def _set_least(self) -> None:
         table, at = self.costs.table, (np.arange(len(self.lowest)), self.costs.num_blocks, self.count)
         standing = table.fixed + self.costs.frozen_resident[self.lowest]
-        head = standing + table.head_peak + self.least[0][at]
-        recompute = standing + table.head_gradient + self.recompute + self.least[1][at]
-        operations = table.head_flops + self.costs.frozen_flops[self.lowest] + self.least[2][at]
-        fits = limits.budget_bytes[:, None] >= np.maximum(head, recompute)
-        return np.asarray(fits & (limits.max_flops[:, None] >= operations))
+        head, recompute, flops = (self.least_sums(at[0], row)[at] for row in self.costs_of_rows)
+        recompute += table.head_gradient + self.recompute
+        self.least_peak: Ints = standing + np.maximum(table.head_peak + head, recompute)
+        self.least_flops: Ints = table.head_flops + self.costs.frozen_flops[self.lowest] + flops
 
     def least_sums(self, case: Ints, cost: Ints, allowed: Bools | None = None) -> Ints:
         """Least sums of a cost over the blocks below k with exactly c of them checkpointed.
