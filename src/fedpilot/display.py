@@ -301,5 +301,5 @@ def verdict(comparison: Comparison) -> list[str]:
     return [
         *sentences,
         f"{counted(comparison.participants, 'client')} could take part in {comparison.baseline}. Training time is that "
-        "of all clients together, which take turns in this process, without evaluation.",
+        "of a federation of machines: each round lasts as long as its slowest client.",
     ]

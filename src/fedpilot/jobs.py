@@ -33,7 +33,8 @@ class Standing:
 
     Attributes:
         round: The round.
-        seconds: Of training until then: all phases but evaluation.
+        seconds: Of training until then, as a federation of machines would take them: each round lasts as long as its
+            slowest client. Evaluation is not counted.
         metrics: Of the evaluation.
     """
 
@@ -242,8 +243,8 @@ def standings(lines: Sequence[Line]) -> list[Standing]:
     result: list[Standing] = []
     seconds = 0.0
     for line in lines:
-        phases = cast(Mapping[str, float], line["seconds"])
-        seconds += phases.get("total", 0.0) - phases.get("evaluate", 0.0)
+        uploads = cast(Sequence[Mapping[str, Mapping[str, float]]], line["uploads"])
+        seconds += max((upload["metrics"]["seconds"] for upload in uploads), default=0.0)
         metrics = cast(Mapping[str, float | None], line["metrics"])
         known = {name: math.nan if value is None else value for name, value in metrics.items()}
         result.append(Standing(cast(int, line["round"]), seconds, known))

@@ -78,7 +78,8 @@ def left_out(client: ClientProfile, smallest: Plan) -> LeftOut:
     """Why a client sits out, from the cheapest plan that it would have needed to fit."""
     needed = smallest.peak_bytes
     if needed is not None and needed > client.memory_bytes:
-        reason = f"needs {needed} bytes for the least that this method trains, has {client.memory_bytes}"
+        has = client.memory_bytes / 2**20
+        reason = f"needs {needed / 2**20:.1f} MiB for the least that this method trains, has {has:.1f} MiB"
         return LeftOut(client.client_id, reason, needed)
     return LeftOut(client.client_id, f"needs {smallest.seconds:.1f} s, deadline {client.deadline_s:.1f} s")
 

@@ -26,7 +26,9 @@ import numpy as np
 
 from fedpilot.allocation.costs import Bools, Costs, Floats, Ints
 
-FORBIDDEN = 2**50
+HEAD, RECOMPUTE, OPERATIONS = range(3)
+"""The kinds of rows."""
+FORBIDDEN = 2**54
 """Cost of a choice that may not be taken: above all limits, and sums over blocks do not overflow."""
 MISSING = -64.0
 """Reduced value of a choice that does not exist: worse than any, but finite; a bound only grows by it."""
@@ -52,10 +54,11 @@ class Relaxation:
         lowest: (num_cases,) s of each case.
         count: (num_cases,) m of each case.
         recompute: (num_cases,) least backward peak of the topmost checkpointed block; 0 where m = 0.
-        costs_of_rows: (3, 2, num_blocks, num_choices) head, recompute, operations, as ``Costs`` stacks them.
+        kinds: The kinds of the rows that apply.
+        costs_of_rows: (3, 2, num_blocks, num_choices) bytes or operations of each kind, stacked as in ``Costs``.
         least_peak: (num_cases,) no plan of the case has less.
         least_flops: (num_cases,) no plan of the case has less.
-        rows: (num_rows, 2, num_blocks, num_choices) the rows that apply, in units of each row's scale.
+        rows: (num_rows, 2, num_blocks, num_choices) the rows that apply, less what every block costs, scaled.
     """
 
     def __init__(self, costs: Costs, *, deadline: bool) -> None:
@@ -69,20 +72,21 @@ class Relaxation:
         self.recompute = self._least_recompute()
         saved = np.where(costs.recomputes, costs.saved, np.minimum(costs.saved, costs.gradient))
         self.costs_of_rows = np.stack([costs.resident + costs.saved, costs.resident + saved, costs.flops])
-        self._set_rows([True, some, deadline])
+        self.kinds = [HEAD, *[RECOMPUTE] * some, *[OPERATIONS] * deadline]
+        self._set_rows()
         self._set_least()
 
-    def _set_rows(self, used: list[bool]) -> None:
+    def _set_rows(self) -> None:
         costs, table = self.costs, self.costs.table
         rows = self.costs_of_rows.copy()
-        rows[0, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
+        rows[HEAD, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
         # What every plain and every checkpointed block costs at least is charged to the case, which knows their numbers:
         # then rows differ in what is left to decide, and multipliers are found in few steps.
         plain = np.where(costs.recomputes, FORBIDDEN, rows[:, 0]).min(axis=(1, 2))
         checkpointed = np.where(costs.recomputes, rows[:, 0], FORBIDDEN).min(axis=(1, 2))
         rows -= np.where(costs.recomputes, checkpointed[:, None], plain[:, None])[:, None, None, :]
         scale = np.maximum(np.abs(rows).max(axis=(1, 3)).sum(axis=1), 1).astype(np.float64)
-        self.rows: Floats = (rows / scale[:, None, None, None])[used]
+        self.rows: Floats = (rows / scale[:, None, None, None])[self.kinds]
         standing = table.fixed + costs.frozen_resident[self.lowest]
         taken = np.stack(
             [
@@ -94,8 +98,8 @@ class Relaxation:
         num_plain = costs.num_blocks - self.lowest - self.count
         taken += np.where(num_plain > 0, num_plain * plain[:, None], 0)
         taken += np.where(self.count > 0, self.count * checkpointed[:, None], 0)
-        self._taken: Floats = (taken / scale[:, None])[used]  # (num_rows, num_cases) of the limit, by the case alone
-        self._scale, self._used = scale[used], np.flatnonzero(used)
+        self._taken: Floats = (taken / scale[:, None])[self.kinds]  # (num_rows, num_cases) of the limit, by the case alone
+        self._scale = scale
 
     def _least_recompute(self) -> Ints:
         costs, last = self.costs, self.costs.num_blocks - 1
@@ -109,8 +113,8 @@ class Relaxation:
 
     def limits_of_rows(self, limits: Limits) -> Floats:
         """(num_rows, ...) what each row's sum is limited by, before what the case takes."""
-        kinds = [limits.budget_bytes, limits.budget_bytes, limits.max_flops]
-        return np.stack([kinds[kind] / scale for kind, scale in zip(self._used, self._scale, strict=True)])
+        by_kind = (limits.budget_bytes, limits.budget_bytes, limits.max_flops)
+        return np.stack([by_kind[kind] / self._scale[kind] for kind in self.kinds])
 
     def capacity(self, limits: Limits, case: Ints) -> Floats:
         """(num, num_rows) what the rows of one case each may sum to."""
@@ -157,24 +161,24 @@ class Relaxation:
     def _set_least(self) -> None:
         table, at = self.costs.table, (np.arange(len(self.lowest)), self.costs.num_blocks, self.count)
         standing = table.fixed + self.costs.frozen_resident[self.lowest]
-        head, recompute, flops = (self.least_sums(at[0], row)[at] for row in self.costs_of_rows)
+        head, recompute, flops = (self.least_sums(at[0], kind)[at] for kind in (HEAD, RECOMPUTE, OPERATIONS))
         recompute += table.head_gradient + self.recompute
         self.least_peak: Ints = standing + np.maximum(table.head_peak + head, recompute)
         self.least_flops: Ints = table.head_flops + self.costs.frozen_flops[self.lowest] + flops
 
-    def least_sums(self, case: Ints, cost: Ints, allowed: Bools | None = None) -> Ints:
+    def least_sums(self, case: Ints, kind: int, allowed: Bools | None = None) -> Ints:
         """Least sums of a cost over the blocks below k with exactly c of them checkpointed.
 
         Args:
             case: (num,) cases.
-            cost: (2, num_blocks, num_choices).
+            kind: HEAD, RECOMPUTE or OPERATIONS.
             allowed: (num, num_blocks, num_choices) or all that the case allows.
 
         Returns:
-            (num, num_blocks + 1, num_blocks + 2), by case, k, c; the last c is impossible, and so is c = -1.
+            (num, num_blocks + 1, largest m + 2), by case, k, c; the last c is impossible, and so is c = -1.
         """
-        costs, num_blocks = self.costs, self.costs.num_blocks
-        result = np.full((len(case), num_blocks + 1, num_blocks + 2), FORBIDDEN, dtype=np.int64)
+        costs, cost, num_blocks = self.costs, self.costs_of_rows[kind], self.costs.num_blocks
+        result = np.full((len(case), num_blocks + 1, int(self.count.max()) + 2), FORBIDDEN, dtype=np.int64)
         result[:, 0, 0] = 0
         for k in range(num_blocks):
             lowest = (self.lowest[case] == k)[:, None]

@@ -224,20 +224,28 @@ class Recording:
 _PASS = ("forward", "head", "backward")
 
 
-def record(program: StepProgram, *, warm: bool) -> Recording:
+class _Seen(Exception):
+    """Ends a step of which enough was recorded."""
+
+
+def record(program: StepProgram, *, warm: bool, passes: int | None = None) -> Recording:
     """Runs one step and writes it down.
 
     Args:
         program: What to run.
         warm: Whether a step goes before it, so that the optimiser's state exists.
+        passes: Forward and backward passes after which to stop; ``None`` for the whole step.
     """
-    recorder = _Recorder(program)
+    recorder = _Recorder(program, passes)
     recorder.hold(program.resident)
     with program.context(), recorder.hooks(), recorder.counting():
         if warm:
             program.step()
         recorder.start()
-        with torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
+            contextlib.suppress(_Seen),
+        ):
             program.step()
     recorder.recording.holds = recorder.holds()
     return recorder.recording
@@ -246,8 +254,10 @@ def record(program: StepProgram, *, warm: bool) -> Recording:
 class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
     """Writes down births, deaths and parts."""
 
-    def __init__(self, program: StepProgram) -> None:
+    def __init__(self, program: StepProgram, passes: int | None) -> None:
         super().__init__()
+        self._passes = passes
+        self._ended = False
         self._blocks = list(program.blocks)
         self._storages: dict[int, Storage] = {}
         self._kept: dict[tuple[int, int], list[Storage]] = {}
@@ -356,6 +366,9 @@ class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
 
     def _before(self, args: tuple[object, ...]) -> None:
         self._leave_backward()
+        if self._part.micro == self._passes:
+            self._ended = True
+            raise _Seen
         self._now = 2 * len(self.recording.parts)
         if self._part.kind == "optimiser":
             touched = [self._params.get(tensor.untyped_storage()._cdata, -1) for tensor in _tensors(args)]
@@ -379,7 +392,9 @@ class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
         self.recording.storages.append(storage)
 
     def _died(self, key: int) -> None:
-        self._storages.pop(key).end = self._now + 1
+        storage = self._storages.pop(key)
+        if not self._ended:
+            storage.end = self._now + 1
 
 
 def _in_backward() -> bool:

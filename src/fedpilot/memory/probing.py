@@ -56,7 +56,7 @@ class _Findings:
     shared: tuple[int, ...] = ()
     blocks: dict[str, BlockTrace] = field(default_factory=dict)
     clip: dict[int, int] = field(default_factory=dict)
-    left: int = 0
+    left: list[int] = field(default_factory=list)
     state: set[tuple[int, int]] = field(default_factory=set)
     scratch: set[tuple[int, int, int]] = field(default_factory=set)
 
@@ -149,11 +149,12 @@ class _Prober:
         findings = _Findings()
         for number, treatments in enumerate(self._schedule(groups)):
             warm = number < 2  # the optimiser's scratch needs its state, and two numbers of trained tensors
-            recording = record(self._program_for(self._plan(treatments, micro_batch), micro_batch), warm=warm)
+            program = self._program_for(self._plan(treatments, micro_batch), micro_batch)
+            recording = record(program, warm=warm, passes=None if warm else 1 + second)
             parts = _Parts(recording, [self.primes[kind] for kind in self.kinds], int(second))
             self._sort(parts, findings, groups, treatments)
             if warm:
-                findings.scratch |= parts.scratch()
+                self._sort_optimiser(parts, findings)
         return findings
 
     def _sort(
@@ -169,11 +170,14 @@ class _Prober:
         for position, (block, treatment) in enumerate(sorted(treatments.items())):
             key = state_key(groups[block], block == 0, treatment.role, treatment.checkpointed, treatment.pattern)
             findings.blocks.setdefault(key, parts.block(position))
-        clip = parts.segment("clip")
-        size = len(parts.recording.trained)
+
+    def _sort_optimiser(self, parts: "_Parts", findings: _Findings) -> None:
+        recording, clip = parts.recording, parts.segment("clip")
+        size = len(recording.trained)
         findings.clip[size] = max(findings.clip.get(size, 0), clip.peak(parts.no_ranks))
-        findings.left = max(findings.left, int(clip.net[0]))
-        findings.state |= set(zip(parts.recording.trained, parts.recording.state, strict=True))
+        findings.left.append(int(clip.net[0]))
+        findings.state |= set(zip(recording.trained, recording.state, strict=True))
+        findings.scratch |= parts.scratch()
 
     def _schedule(self, groups: Sequence[int]) -> Iterator[dict[int, _Treatment]]:
         """Treatments of few blocks at a time, probe by probe, until each structure was seen in each role.
@@ -469,7 +473,7 @@ def _optimiser(findings: Sequence[_Findings]) -> OptimiserTrace:
         state=_line(states),
         scratch=tuple((int(own), int(before), int(rest)) for own, before, rest in _highest(scratch.reshape(-1, 3))),
         clip=tuple(reversed(_line(sorted(clip.items())))),  # type: ignore[arg-type]
-        left=max(found.left for found in findings),
+        left=max(left for found in findings for left in found.left),
     )
 
 

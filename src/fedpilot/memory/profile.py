@@ -90,7 +90,7 @@ class OptimiserTrace:
         state: (factor, constant): state of a tensor is ``factor * n + constant``.
         scratch: (own, previous, constant) triples; scratch is the largest ``own * n + previous * n_before + constant``.
         clip: (constant, per tensor) bytes of clipping.
-        left: Bytes of the loss and the norm that stand while the optimiser runs.
+        left: Bytes that come with clipping and stand while the optimiser runs, less what ends there.
     """
 
     state: tuple[int, int]

@@ -24,8 +24,8 @@ def cost_table(
 
     The table's peak is `peak_bytes` of the same plan, or in a few corners a little more, never less. It counts masks
     that recomputed blocks alone hold in every backward pass, embeddings that a trained first block holds twice in
-    forward passes, casts of trained tensors under autocast until the backward pass, and clipping and the optimiser's
-    scratch at their largest.
+    forward passes, and at their largest: casts of trained tensors under autocast in forward passes, clipping, and the
+    optimiser's scratch.
 
     Args:
         profile: The traced model.
@@ -54,9 +54,9 @@ class _Entry(NamedTuple):
         return int(self.trace.forward.net @ self.ranks)
 
     @property
-    def saved(self) -> int:
-        """Bytes that stand from the end of the forward pass, those included that end with the model's forward pass."""
-        return self.forward_net + int(self.trace.late @ self.ranks)
+    def late(self) -> int:
+        """Bytes that live until the model's forward pass ends."""
+        return int(self.trace.late @ self.ranks)
 
     @property
     def flops(self) -> int:
@@ -110,17 +110,20 @@ class _Lowering:
         # What embeddings and blocks below leave stands with what the lowest block saves.
         left = [int(x) for x in np.cumsum([trace.pre.net[0], *(entry.forward_net for entry in below)])]
         after = self._after(above)
+        # Which blocks lie below is not known here: the most that any choice leaves until the forward pass ends.
+        most = [max((entry.late for entry in (*lowest[b], *above[b]) if entry), default=0) for b in self._blocks]
+        late = [int(x) for x in np.cumsum([0, *most])]
         rest = max([0, *(left[b] + after[b] + self._drift(e) for b in self._blocks for e in lowest[b] if e)])
         clip = profile.optimiser.clip[0] + profile.optimiser.clip[1] * (2 * len(profile.modules) + len(self._head))
         return CostTable(
             choices=choices,
-            above=self._above(above, everywhere, after, rest),
+            above=self._above(above, everywhere, after, rest, late),
             lowest=self._lowest(lowest, everywhere, after, rest, left),
             frozen_resident=_whole(pair_bytes(profile, b, below[b].ranks) for b in self._blocks),
             frozen_forward_peak=_whole(self._frozen_peak(b, below[b], left[b]) for b in self._blocks),
             frozen_flops=_whole(self._passes * entry.flops for entry in below),
             fixed=self._fixed(),
-            head_peak=self._head_peak(everywhere),
+            head_peak=self._head_peak(everywhere, late[-1]),
             head_gradient=self._head_gradient,
             head_optimiser_peak=rest + max(clip, profile.optimiser.left + self._scratch(self._head)),
             head_flops=self._passes * int(trace.pre.flops[0] + trace.head.flops[0]),
@@ -160,7 +163,9 @@ class _Lowering:
     def _gradient(self, entry: _Entry) -> int:
         return 0 if self._accumulates else sum(entry.trained)
 
-    def _above(self, rows: list[_Row], everywhere: frozenset[int], after: list[int], rest: int) -> BlockCosts:
+    def _above(
+        self, rows: list[_Row], everywhere: frozenset[int], after: list[int], rest: int, late: list[int]
+    ) -> BlockCosts:
         shared = self._trace.shared
         held = sum(shared[index] for index in everywhere)
 
@@ -169,9 +174,9 @@ class _Lowering:
             return after[block] + held + entry.trace.backward.peak(entry.ranks, nothing)
 
         def forward(block: int, entry: _Entry) -> int:
-            return sum(shared) + entry.trace.forward.peak(entry.ranks)
+            return late[block] + sum(shared) + entry.trace.forward.peak(entry.ranks)
 
-        return self._costs(rows, lambda block, entry: entry.saved, forward, backward, rest)
+        return self._costs(rows, lambda block, entry: entry.forward_net, forward, backward, rest)
 
     def _lowest(
         self, rows: list[_Row], everywhere: frozenset[int], after: list[int], rest: int, left: list[int]
@@ -182,7 +187,7 @@ class _Lowering:
             return sum(shared[index] for index in entry.trace.holds - everywhere)
 
         def saved(block: int, entry: _Entry) -> int:
-            return left[block] + entry.saved + alone(entry)
+            return left[block] + entry.forward_net + alone(entry)
 
         def forward(block: int, entry: _Entry) -> int:
             before = self._trace.pre.peak(self._no_ranks) if block == 0 else 0
@@ -224,10 +229,12 @@ class _Lowering:
         peak = left + sum(self._trace.shared) + entry.trace.forward.peak(entry.ranks)
         return max(peak, self._trace.pre.peak(self._no_ranks)) if block == 0 else peak
 
-    def _head_peak(self, everywhere: frozenset[int]) -> int:
+    def _head_peak(self, everywhere: frozenset[int], late: int) -> int:
         shared = self._trace.shared
         frame = np.array([index not in everywhere for index in range(len(shared))], dtype=np.int64)
-        return sum(shared[index] for index in everywhere) + self._trace.head.peak(self._no_ranks, np.append(frame, 0))
+        return sum(shared[index] for index in everywhere) + self._trace.head.peak(
+            self._no_ranks, np.append(frame, late)
+        )
 
     def _fixed(self) -> int:
         profile = self._profile
