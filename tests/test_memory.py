@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpilot import allocation, lora, memory
-from fedpilot.errors import PlanError
+from fedpilot.errors import ModelError, PlanError
 from fedpilot.memory import LiveStorages, MemoryProfile, StepProgram
 from fedpilot.model import AdaptedModel
 from fedpilot.training import TrainingSettings
 from fedpilot.types import Choice, ModelSpec, Plan
-from tests import tiny
+from tests import tiny, toy
 
 BATCH = 4
 
@@ -365,6 +365,23 @@ def test_a_micro_batch_must_divide_the_batch() -> None:
         memory.trace(
             lambda plan, m: model.program(plan, training_of("vit"), m), model.spec, batch=BATCH, micro_batches=(3,)
         )
+
+
+def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
+    def program(plan: Plan, micro_batch: int) -> StepProgram:
+        """Needs more at low ranks, as no probe can know."""
+        real = toy.program(plan, micro_batch)
+        extra: list[torch.Tensor] = []
+
+        def step() -> None:
+            extra[:] = [torch.zeros(max(0, 10_000 - 1000 * min(plan.ranks.values())))]
+            real.step()
+
+        return replace(real, step=step)
+
+    memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False)
+    with pytest.raises(ModelError, match="a step must be the sum of its parts, got"):
+        memory.trace(program, toy.spec(), batch=8, checkpointing=False)
 
 
 def test_a_low_rank_costs_less_than_a_high_one_by_a_straight_line() -> None:

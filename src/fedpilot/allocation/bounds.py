@@ -5,19 +5,19 @@ decide most of the memory and nearly all operations; within a case what is left 
 that relaxed problems lie close to whole ones. A plan of a case must keep every one of these *rows*, each linear in the
 choices (a cost a block, summed):
 
-- head: resident + saved. The backward pass of the topmost block sees the same saved bytes, so what it needs beyond the head
-  is charged to its choice;
-- recompute: in the backward pass of the topmost checkpointed block the checkpointed blocks' saved bytes are still there,
-  those of a plain block are there or, if it lies above, its gradient is. So resident + (saved if checkpointed, otherwise
-  the lesser of saved and gradient), and the least backward peak of a checkpointed block on top. With m = 0 this
-  is implied by the optimiser's stage;
+- head: resident + saved. The backward pass of the topmost block sees the same saved bytes, so what it needs beyond
+  the head is charged to its choice;
+- recompute: in the backward pass of the topmost checkpointed block the checkpointed blocks' saved bytes are still
+  there, and of a plain block either its saved bytes or, if it lies above, its gradient. So resident + (saved if
+  checkpointed, otherwise the lesser of saved and gradient), and the least backward peak of a checkpointed block on top.
+  With m = 0 the optimiser's stage implies this row;
 - operations, where there is a deadline;
 - count: exactly m blocks are checkpointed.
 
-For multipliers θ >= 0 of head, recompute and operations, the greatest ``sum_j (value - θ·cost) + θ·capacity`` over all
-ways to checkpoint exactly m blocks is at least the value of every plan of the case that fits: each gets its value plus θ
-times what it leaves unused. It is found at once: every block's best plain and best checkpointed choice, and the m blocks
-that gain most by the latter. No θ is wrong, good ones are tighter.
+For multipliers θ >= 0 of head, recompute and operations, the greatest ``sum_j (value - θ·cost) + θ·capacity`` over
+all ways to checkpoint exactly m blocks is at least the value of every plan of the case that fits: each gets its value
+plus θ times what it leaves unused. It is found at once: every block's best plain and best checkpointed choice, and
+the m blocks that gain most by the latter. No θ is wrong, good ones are tighter.
 """
 
 from dataclasses import dataclass
@@ -80,8 +80,8 @@ class Relaxation:
         costs, table = self.costs, self.costs.table
         rows = self.costs_of_rows.copy()
         rows[HEAD, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
-        # What every plain and every checkpointed block costs at least is charged to the case, which knows their numbers:
-        # then rows differ in what is left to decide, and multipliers are found in few steps.
+        # What every plain and every checkpointed block costs at least is charged to the case, which knows their
+        # numbers: then rows differ in what is left to decide, and multipliers are found in few steps.
         plain = np.where(costs.recomputes, FORBIDDEN, rows[:, 0]).min(axis=(1, 2))
         checkpointed = np.where(costs.recomputes, rows[:, 0], FORBIDDEN).min(axis=(1, 2))
         rows -= np.where(costs.recomputes, checkpointed[:, None], plain[:, None])[:, None, None, :]
@@ -98,8 +98,8 @@ class Relaxation:
         num_plain = costs.num_blocks - self.lowest - self.count
         taken += np.where(num_plain > 0, num_plain * plain[:, None], 0)
         taken += np.where(self.count > 0, self.count * checkpointed[:, None], 0)
-        self._taken: Floats = (taken / scale[:, None])[self.kinds]  # (num_rows, num_cases) of the limit, by the case alone
-        self._scale = scale
+        self._taken: Ints = taken[self.kinds]  # (num_rows, num_cases) of each row's limit, by the case alone
+        self._scale: Floats = scale[self.kinds]
 
     def _least_recompute(self) -> Ints:
         costs, last = self.costs, self.costs.num_blocks - 1
@@ -112,13 +112,13 @@ class Relaxation:
         return np.where(self.count == 0, 0, result)
 
     def limits_of_rows(self, limits: Limits) -> Floats:
-        """(num_rows, ...) what each row's sum is limited by, before what the case takes."""
+        """(num_rows, num_clients) what each row's sum is limited by, before what the case takes."""
         by_kind = (limits.budget_bytes, limits.budget_bytes, limits.max_flops)
-        return np.stack([by_kind[kind] / self._scale[kind] for kind in self.kinds])
+        return np.stack([by_kind[kind] for kind in self.kinds])
 
     def capacity(self, limits: Limits, case: Ints) -> Floats:
         """(num, num_rows) what the rows of one case each may sum to."""
-        return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T)
+        return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T / self._scale)
 
     def all_cases(self, values: Floats, limits: Limits, theta: Floats) -> Floats:
         """Bound of every case at one θ a client: (num_clients, num_cases).
@@ -138,7 +138,7 @@ class Relaxation:
             np.cumsum(-np.sort(-gain, axis=2), axis=2, out=most[:, :, 1:])
         bound = np.asarray(plain[:, self.lowest] + most[:, self.lowest, self.count])
         for row, limit in enumerate(self.limits_of_rows(limits)):
-            bound += theta[:, row, None] * (limit[:, None] - self._taken[row])
+            bound += (theta[:, row] / self._scale[row])[:, None] * (limit[:, None] - self._taken[row])
         return bound
 
     def _best(self, values: Floats, theta: Floats) -> tuple[list[Floats], list[Floats]]:
@@ -190,7 +190,5 @@ class Relaxation:
             checkpointed = own[:, costs.recomputes].min(axis=1, initial=FORBIDDEN)
             plain, checkpointed = np.where(frozen, 0, plain), np.where(frozen, FORBIDDEN, checkpointed)
             result[:, k + 1] = result[:, k] + plain[:, None]
-            np.minimum(
-                result[:, k + 1, 1:], result[:, k, :-1] + checkpointed[:, None], out=result[:, k + 1, 1:]
-            )
+            np.minimum(result[:, k + 1, 1:], result[:, k, :-1] + checkpointed[:, None], out=result[:, k + 1, 1:])
         return result

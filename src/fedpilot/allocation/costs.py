@@ -85,7 +85,7 @@ def stack(table: CostTable) -> Costs:
     """The table's arrays, stacked.
 
     Raises:
-        PlanError: Shapes contradict each other, costs are not whole numbers, or no choice trains.
+        PlanError: Shapes contradict each other, costs are not whole numbers below 2**52, or no choice trains.
     """
     shape = (len(table.frozen_resident), len(table.choices))
     for where, costs in (("above", table.above), ("lowest", table.lowest)):
@@ -117,12 +117,14 @@ def stack(table: CostTable) -> Costs:
     )
 
 
-def _check(name: str, array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> None:
+def _check(name: str, array: npt.NDArray[np.int64], shape: tuple[int, ...]) -> None:
     if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
         raise PlanError(
             f"{name} of a cost table must be whole numbers of shape {shape}, got {array.dtype} of shape "
             f"{array.shape}; build the table with memory.cost_table"
         )
+    if np.abs(array).max() >= 2**52:
+        raise PlanError(f"{name} of a cost table must be below 2**52, got {np.abs(array).max()}; it is one step's cost")
 
 
 def peak(table: CostTable, choices: Sequence[Choice | None]) -> int:
@@ -139,7 +141,7 @@ def peak(table: CostTable, choices: Sequence[Choice | None]) -> int:
 
     def cost(name: str) -> Ints:
         above, lowest = getattr(table.above, name)[blocks, picked], getattr(table.lowest, name)[blocks, picked]
-        return np.where(blocks == s, lowest, above).astype(np.int64)
+        return np.asarray(np.where(blocks == s, lowest, above), dtype=np.int64)
 
     saved, gradient = cost("saved"), cost("gradient")
     saved_with, gradient_with = np.cumsum(saved), np.cumsum(gradient[::-1])[::-1]  # this block included
@@ -191,4 +193,4 @@ def choice_values(table: CostTable, block_values: npt.ArrayLike, rank_weights: M
     if missing:
         raise PlanError(f"rank_weights must name every rank of the table, got none for {sorted(missing)}; add them")
     weights = np.array([0.0 if rank is None else rank_weights[rank] for rank in ranks])
-    return np.asarray(block_values, dtype=np.float64)[..., None] * weights
+    return np.asarray(np.asarray(block_values, dtype=np.float64)[..., None] * weights)

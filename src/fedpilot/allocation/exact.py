@@ -1,4 +1,4 @@
-"""The exact optimum for one client, for many, and among micro-batch sizes."""
+"""The exact optimum: for one client, for many, among micro-batch sizes; and the smallest budget that allows a plan."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,26 @@ from fedpilot.allocation.solve import solve
 from fedpilot.errors import PlanError
 from fedpilot.types import CostTable
 
-UNLIMITED = 2**61
+UNLIMITED = 2**60
 
 
 def allocate(
-    table: CostTable, values: npt.ArrayLike, budget_bytes: int, *, max_flops: float | None = None
+    table: CostTable, values: npt.ArrayLike, budget_bytes: float, *, max_flops: float | None = None
 ) -> Allocation | None:
-    """The choices of the greatest total value whose peak is within the budget; at least one block is trained."""
+    """The plan of the greatest value that fits one client; see ``allocate_many``.
+
+    Args:
+        table: Costs.
+        values: (num_blocks, num_choices) value of each choice; 0 for the choices that do not train.
+        budget_bytes: The peak may not exceed it.
+        max_flops: The step's operations may not exceed it: deadline times speed by the number of steps.
+
+    Returns:
+        The plan, or ``None`` where no plan that trains at least one block fits.
+
+    Raises:
+        PlanError: As ``allocate_many``.
+    """
     one = np.asarray(values, dtype=np.float64)[None]
     return allocate_many(table, one, [budget_bytes], max_flops=max_flops)[0]
 
@@ -31,28 +44,113 @@ def allocate_many(
     *,
     max_flops: npt.ArrayLike | None = None,
 ) -> list[Allocation | None]:
+    """The plan of the greatest value that fits, for each of many clients that share a cost table.
+
+    A plan is a lowest trained block, a choice that trains for it, and any choice for each block above it. Of plans of
+    the same value the one of the lowest peak is taken; of those, always the same one for the same call. Values are
+    compared after rounding to a grid of 2**-36 (1.5e-11) of their possible sum or finer, so that ties are exact.
+
+    Args:
+        table: Costs.
+        values: (num_clients, num_blocks, num_choices) value of each choice; 0 for the choices that do not train.
+        budgets: (num_clients,) bytes that the peak may not exceed.
+        max_flops: One number or (num_clients,); the step's operations may not exceed it.
+
+    Returns:
+        One plan a client; ``None`` where no plan that trains at least one block fits.
+
+    Raises:
+        PlanError: Shapes do not match, or a value, a budget or a limit is not a number or negative where it may not be.
+    """
     costs = stack(table)
     array = _values(costs, values)
-    n = len(array)
-    limits = Limits(np.asarray(budgets, dtype=np.int64), _limit(max_flops, n))
-    total = np.abs(array).max(axis=2).sum(axis=1)
-    scale = 2.0 ** -np.ceil(np.log2(np.where(total > 0, total, 1.0)))
-    scaled = np.rint(array * (scale / GRID)[:, None, None]) * GRID
-    best = solve(costs, scaled, limits, deadline=max_flops is not None)
-    return [_allocation(costs, array, best, client) for client in range(n)]
+    limits = Limits(
+        _limit("budgets", budgets, len(array), one_each=True),
+        np.full(len(array), UNLIMITED) if max_flops is None else _limit("max_flops", max_flops, len(array)),
+    )
+    best = solve(costs, _on_grid(array), limits, deadline=max_flops is not None)
+    return [_allocation(costs, array, best, client) for client in range(len(array))]
 
-def _limit(m, n):
-    if m is None: return np.full(n, UNLIMITED)
-    return np.broadcast_to(np.floor(np.minimum(np.asarray(m, dtype=np.float64), 2.0**61)).astype(np.int64), (n,))
 
-def _values(costs, values):
-    return np.asarray(values, dtype=np.float64)
+def allocate_micro_batches(
+    tables: Sequence[tuple[int, CostTable]],
+    values: npt.ArrayLike,
+    budget_bytes: float,
+    *,
+    max_flops: float | None = None,
+) -> tuple[int, Allocation] | None:
+    """The micro-batch size that allows the greatest value, and its plan; the larger size where two allow the same.
+
+    Args:
+        tables: Micro-batch size and the costs of a whole step with it; all tables have the same choices.
+        values: (num_blocks, num_choices).
+        budget_bytes: As for ``allocate``.
+        max_flops: As for ``allocate``.
+
+    Raises:
+        PlanError: As ``allocate``, or the tables' choices differ.
+    """
+    if len({table.choices for _, table in tables}) > 1:
+        raise PlanError("tables of all micro-batch sizes must have the same choices, got different ones; rebuild them")
+    found: tuple[int, Allocation] | None = None
+    for micro_batch, table in sorted(tables, key=lambda pair: -pair[0]):
+        allocation = allocate(table, values, budget_bytes, max_flops=max_flops)
+        if allocation is not None and (found is None or allocation.value > found[1].value):
+            found = micro_batch, allocation
+    return found
+
+
+def smallest_budget(table: CostTable, *, max_flops: float | None = None) -> Allocation | None:
+    """The plan of the lowest peak, which is the smallest budget with which anything fits.
+
+    Returns:
+        The plan, its value 0; ``None`` where every plan exceeds ``max_flops``.
+    """
+    shape = (len(table.frozen_resident), len(table.choices))
+    return allocate(table, np.zeros(shape), UNLIMITED, max_flops=max_flops)
+
+
+def _values(costs: Costs, values: npt.ArrayLike) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    shape = (costs.num_blocks, costs.num_choices)
+    if array.ndim != 3 or array.shape[1:] != shape:
+        raise PlanError(
+            f"values must be of shape (clients, {shape[0]} blocks, {shape[1]} choices), got {array.shape}; "
+            "make them with choice_values"
+        )
+    if not np.isfinite(array).all():
+        client, block, choice = np.argwhere(~np.isfinite(array))[0]
+        raise PlanError(
+            f"values must be finite, got {array[client, block, choice]} for client {client}, block {block}, choice "
+            f"{choice}; replace it"
+        )
+    if array[:, :, ~costs.trains].any():
+        raise PlanError("values of choices that do not train must be 0, got others; make them with choice_values")
+    return array
+
+
+def _limit(name: str, limit: npt.ArrayLike, num_clients: int, *, one_each: bool = False) -> Ints:
+    array = np.asarray(limit, dtype=np.float64 if np.asarray(limit).dtype.kind == "f" else np.int64)
+    if array.shape != (num_clients,) and (one_each or array.shape != ()):
+        raise PlanError(f"{name} must be one for each of {num_clients} clients, got shape {array.shape}; give as many")
+    if not (array >= 0).all():  # not a number is not either
+        raise PlanError(f"{name} must be at least 0, got {array[~(array >= 0)][0]}; correct it")
+    whole = np.floor(np.minimum(array, UNLIMITED)).astype(np.int64)
+    return np.broadcast_to(whole, (num_clients,))
+
+
+def _on_grid(values: Floats) -> Floats:
+    """Scaled by a power of two, so that no plan's value exceeds 1, and rounded to whole multiples of ``GRID``."""
+    total = np.abs(values).max(axis=2).sum(axis=1)[:, None, None]
+    _, exponent = np.frexp(total)
+    return np.asarray(np.rint(np.ldexp(values, -exponent) / GRID) * GRID)
+
 
 def _allocation(costs: Costs, values: Floats, best: Best, client: int) -> Allocation | None:
     if best.value[client] == -np.inf:
         return None
     picked = best.picked[client]
     s = int((picked < 0).sum())
-    choices = (None,) * s + tuple(costs.table.choices[c] for c in picked[s:])
-    value = math.fsum(values[client, j, picked[j]] for j in range(s, len(picked)))
+    choices = (None,) * s + tuple(costs.table.choices[choice] for choice in picked[s:])
+    value = math.fsum(values[client, block, picked[block]] for block in range(s, len(picked)))
     return Allocation(choices, value, int(best.peak[client]), int(best.flops[client]))

@@ -30,13 +30,13 @@ class Lagrangian:
         best, used = [], []
         for own, rows in self.kinds:
             reduced = _reduced(own, rows, theta)
-            if not reduced.shape[2]:
+            if reduced.shape[2]:
+                at = (*np.ogrid[: len(reduced), : reduced.shape[1]], reduced.argmax(axis=2))
+                best.append(reduced[at])
+                used.append([row[at] for row in rows])
+            else:
                 best.append(np.full(reduced.shape[:2], MISSING))
                 used.append([np.zeros(reduced.shape[:2])] * len(rows))
-                continue
-            pick = reduced.argmax(axis=2)[:, :, None]
-            best.append(np.take_along_axis(reduced, pick, axis=2)[:, :, 0])
-            used.append([np.take_along_axis(row, pick, axis=2)[:, :, 0] for row in rows])
         checkpointed = self._checkpointed(best[1] - best[0])
         bound = self._sum(np.where(checkpointed, best[1], best[0])) + (theta * self.capacity).sum(axis=1)
         costs = [self._sum(np.where(checkpointed, there, plain)) for plain, there in zip(*used, strict=True)]
@@ -45,21 +45,20 @@ class Lagrangian:
     def reduced_costs(self, theta: Floats) -> Floats:
         """(num, num_blocks, num_choices) what the bound loses by each choice; inf where it may not be taken.
 
-        The number of checkpointed blocks is priced half-way between the gains of the last block that is and the first that is
-        not; that price leaves the bound as it is.
+        Checkpointing a block is priced half-way between the gains of the last block that is checkpointed and of the
+        first that is not. At that price every block's best choice is the one that the bound counts.
         """
         reduced = [_reduced(own, rows, theta) for own, rows in self.kinds]
-        best = [each.max(axis=2, initial=MISSING) for each in reduced]
-        gain = -np.sort(-np.where(self.frozen, 4 * MISSING, best[1] - best[0]), axis=1)
-        ends = np.full((len(gain), 1), -8 * MISSING)
-        gain = np.concatenate([ends, gain, -ends], axis=1)
-        row = np.arange(len(gain))
-        price = (gain[row, self.count] + gain[row, self.count + 1]) / 2
-        reduced[1] = reduced[1] - price[:, None, None]
+        best = [each.max(axis=2) if each.shape[2] else np.full(each.shape[:2], MISSING) for each in reduced]
+        gain = -np.sort(-np.where(self.frozen, -np.inf, best[1] - best[0]), axis=1)
+        ends = np.full((len(gain), 1), np.inf)
+        gain, row = np.concatenate([ends, gain, -ends], axis=1), np.arange(len(gain))
+        last, first = gain[row, self.count], gain[row, self.count + 1]
+        price = (np.where(np.isinf(last), first + 2, last) + np.where(np.isinf(first), last - 2, first)) / 2
         top = np.maximum(best[0], best[1] - price[:, None])[:, :, None]
         result = np.empty((*top.shape[:2], sum(map(len, self.columns))))
-        for columns, each in zip(self.columns, reduced, strict=True):
-            result[:, :, columns] = top - each
+        result[:, :, self.columns[0]] = top - reduced[0]
+        result[:, :, self.columns[1]] = top - (reduced[1] - price[:, None, None])
         return np.where(self.never, np.inf, result)
 
     def _sum(self, by_block: Floats) -> Floats:
@@ -69,7 +68,7 @@ class Lagrangian:
         """The blocks of the greatest gains, as many as the case has."""
         if not self.count.any():
             return np.zeros(gain.shape, dtype=np.bool_)
-        order = np.argsort(np.where(self.frozen, -4 * MISSING, -gain), axis=1, kind="stable")
+        order = np.argsort(np.where(self.frozen, np.inf, -gain), axis=1, kind="stable")
         result = np.zeros(gain.shape, dtype=np.bool_)
         np.put_along_axis(result, order, np.arange(gain.shape[1]) < self.count[:, None], axis=1)
         return result

@@ -15,17 +15,17 @@ Deciding block k = j - 1, which costs (resident, saved, forward, backward, gradi
     Q' = resident + gradient + max(Q, P + optimiser)
     R' = resident + R
 
-from D = head_peak, P = head_gradient, Q = head_gradient + head_optimiser_peak, R = 0. After the lowest trained block s the
-peak is ``fixed + sum frozen_resident[:s] + max(D, Q, R + max frozen_forward_peak[:s])``: unrolled, the formula of
+from D = head_peak, P = head_gradient, Q = head_gradient + head_optimiser_peak, R = 0. After the lowest trained block s
+the peak is ``fixed + sum frozen_resident[:s] + max(D, Q, R + max frozen_forward_peak[:s])``: unrolled, the formula of
 ``CostTable``. Operations F and the value V are sums.
 
-**Why it is exact.** The recursion is monotone: a state with no more D, P, Q, R, F and no less V ends at least as well as
-another with every continuation, so of two states with as many checkpointed blocks the dominated one can go. So can a
-state that cannot end within the limits, and one that cannot end better than the best plan found: its bound, which is the
-case's bound less the reduced costs of its choices (``multipliers``), is too low, or only just high enough and its peak
-is no lower. Nothing else is dropped but by the *width*, a cap on the states of a case after a block; a case in which it
-bit is searched again, wider, until it does not. Overlooking a dominated state or poor multipliers cost time, never the
-optimum.
+**Why it is exact.** The recursion is monotone: a state with no more D, P, Q, R, F and no less V ends at least as well
+as another with every continuation, so of two states with as many checkpointed blocks the dominated one can go. So can
+a state that cannot end within the limits, and one that cannot end better than the best plan found: its bound, which is
+the case's bound less the reduced costs of its choices (``multipliers``), is too low, or only just high enough and its
+peak is no lower. Nothing else is dropped but by the *width*, a cap on the states of a case after a block; a case in
+which it bit is searched again, wider, until it does not. Overlooking a dominated state or poor multipliers cost time,
+never the optimum.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ GRID = 2.0**-36
 """Values are whole multiples of this and sum to at most 1, so that their sums are exact and ties are ties."""
 TOLERANCE = 2.0**-38
 """More than bounds lose by rounding: a bound below V + GRID - TOLERANCE proves a value of at most V."""
-NEIGHBOURS = 4
+NEIGHBOURS = 3
 """How many states with a little less D a state is compared with."""
 D, P, Q, R, F, COUNT = range(6)
 """Registers of a state; COUNT is the number of its checkpointed blocks."""
@@ -96,7 +96,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class _States:
-    """States after one block: registers (6, num), value, bound and case; the state before and the choice that led here."""
+    """States after one block: registers (6, num), value, bound, case; the state and the choice that they come from."""
 
     registers: Ints
     value: Floats
@@ -194,7 +194,7 @@ class Search:
         return _States(after, value, bound[parent, choice], case, parent, choice)
 
     def _rest(self, states: _States, k: int, kind: int) -> Ints:
-        """Least that a row's sum still grows by when block k is decided and so many blocks are yet to be checkpointed."""
+        """Least that a row's sum still grows by after block k, given how many blocks are yet to be checkpointed."""
         return np.asarray(self.rests[kind][states.case, k, self.count[states.case] - states.registers[COUNT]])
 
     def _least_peak(self, states: _States, k: int) -> Ints:
@@ -206,7 +206,7 @@ class Search:
             np.maximum(least, registers[P] + self._rest(states, k, RECOMPUTE) + recompute, out=least)
         s = self.lowest[case]
         others = np.maximum(registers[Q], registers[R] + self.costs.frozen_forward[s])
-        return np.maximum(least, np.where(s == k, others, NEVER))
+        return np.asarray(np.maximum(least, np.where(s == k, others, NEVER)), dtype=np.int64)
 
     def _finish(self, states: _States, k: int, history: list[_States]) -> None:
         """Takes the best of the complete plans, the lowest block of which is k, into ``best``."""

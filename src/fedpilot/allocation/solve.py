@@ -11,16 +11,16 @@ import numpy as np
 from fedpilot.allocation.bounds import Limits, Relaxation
 from fedpilot.allocation.costs import Bools, Costs, Floats, Ints
 from fedpilot.allocation.multipliers import Lagrangian, Steps
-from fedpilot.allocation.search import Best, Cases, Search, slack
+from fedpilot.allocation.search import TOLERANCE, Best, Cases, Search, slack
 
 # Speed only; the answer does not depend on these.
-CLIENTS_AT_ONCE = 512
-CASES_AT_ONCE = 1024
+CLIENTS_AT_ONCE = 2048
+CASES_AT_ONCE = 2048
 STATES_AT_ONCE = 2**18
-SHARED_STEPS = 24
-OWN_STEPS = 16
-PROMISING = 3
-FIRST_WIDTH = 4
+SHARED_STEPS = 10
+OWN_STEPS = 20
+PROMISING = 4
+FIRST_WIDTH = 2
 WIDER = 4
 
 
@@ -101,9 +101,11 @@ class _Batch:
     def _tightened(self, cases: Cases) -> tuple[Cases, Floats]:
         """The cases that stay open at multipliers of their own, and their reduced costs."""
         lagrangian = Lagrangian(self.relaxation, cases, self.values, self.limits)
-        steps = Steps(cases.theta)
+        steps, floor = Steps(cases.theta), self.best.floor(cases.client)
         for _ in range(OWN_STEPS):
-            steps.advance(*lagrangian.at(steps.theta), floor=self.best.floor(cases.client))
+            steps.advance(*lagrangian.at(steps.theta), floor=floor)
+            if (steps.best <= floor + TOLERANCE).all():
+                break
         tight = Cases(cases.client, cases.case, steps.best, steps.best_theta)
         keep = self._open(tight)
         return tight.where(keep), lagrangian.reduced_costs(steps.best_theta)[keep]
@@ -115,7 +117,14 @@ class _Batch:
         for first in range(0, len(cases), at_once):
             part = slice(first, first + at_once)
             search = Search(
-                self.relaxation, self.outrun, cases.where(part), self.values, self.limits, reduced[part], self.best, width
+                self.relaxation,
+                self.outrun,
+                cases.where(part),
+                self.values,
+                self.limits,
+                reduced[part],
+                self.best,
+                width,
             )
             search.run()
             cut.append(search.cut)

@@ -1,36 +1,54 @@
-"""Ways to choose that are not the optimum: the paper's additive knapsack, and baselines that ignore values."""
+"""Other ways to choose blocks, as baselines: the paper's additive knapsack, and four that ignore the values."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from fedpilot.allocation.costs import Allocation, flops, peak
-from fedpilot.allocation.exact import UNLIMITED, allocate
+from fedpilot.allocation.costs import Allocation, flops, peak, stack
+from fedpilot.allocation.exact import allocate
+from fedpilot.errors import PlanError
 from fedpilot.types import BlockCosts, Choice, CostTable
 
+PASSED = Choice(rank=None)
 
-def smallest_budget(table: CostTable, *, max_flops: float | None = None) -> Allocation | None:
-    """The plan of the smallest peak, which is the smallest budget with which a client can take part.
 
-    The optimum of all-zero values, for ties go to less memory. ``None`` where no plan meets the deadline.
+def additive(
+    table: CostTable, values: npt.ArrayLike, budget_bytes: float, *, max_flops: float | None = None
+) -> Allocation | None:
+    """The literal additive knapsack: a block costs what it would if it alone were trained, and costs are summed.
+
+    Every block's stand-alone cost holds the activations of all blocks above it, so a sum counts them many times: what
+    this chooses fits with room to spare, and few blocks are chosen. Plain choices only; operations add up likewise.
+
+    Args:
+        table: Costs; has the choice to pass through plainly.
+        values: (num_blocks, num_choices).
+        budget_bytes: The peak may not exceed it.
+        max_flops: The step's operations may not exceed it.
+
+    Returns:
+        The plan with its true peak and operations, checked against the limits; ``None`` where the knapsack is empty.
     """
-    return allocate(table, np.zeros(table.above.saved.shape), UNLIMITED, max_flops=max_flops)
+    alone = _stand_alone(table)
+    found = allocate(alone, np.where(_unusable(table), 0.0, np.asarray(values)), budget_bytes, max_flops=max_flops)
+    if found is None:
+        return None
+    choices = list(found.choices)
+    return _fitting(table, choices, budget_bytes, values, max_flops)
 
 
 def suffix(
-    table: CostTable,
-    budget_bytes: int,
-    *,
-    values: npt.ArrayLike | None = None,
-    max_flops: float | None = None,
+    table: CostTable, budget_bytes: float, *, values: npt.ArrayLike | None = None, max_flops: float | None = None
 ) -> Allocation | None:
-    """The longest run of deepest blocks that fits, plain, at the largest rank at which it does."""
-    num_blocks = len(table.frozen_resident)
-    for first in range(num_blocks):
-        for choice in _plain(table):
-            found = _fitting(table, [None] * first + [choice] * (num_blocks - first), budget_bytes, values, max_flops)
+    """The longest run of blocks from the top that fits, plain, all at the largest rank with which it does."""
+    num_blocks, ranks = len(table.frozen_resident), _ranks(table)
+    for s in range(num_blocks):
+        for rank in ranks:
+            choices = [None] * s + [Choice(rank)] * (num_blocks - s)
+            found = _fitting(table, choices, budget_bytes, values, max_flops)
             if found is not None:
                 return found
     return None
@@ -38,115 +56,103 @@ def suffix(
 
 def random_subset(
     table: CostTable,
-    budget_bytes: int,
+    budget_bytes: float,
     rng: np.random.Generator,
     *,
     values: npt.ArrayLike | None = None,
     max_flops: float | None = None,
 ) -> Allocation | None:
-    """Blocks in random order, each taken if it still fits, plain, at the largest rank at which any block fits."""
-    num_blocks = len(table.frozen_resident)
-    order = rng.permutation(num_blocks)
-    for choice in _plain(table):
-        chosen: frozenset[int] = frozenset()
-        held: Allocation | None = None
-        for block in order:
-            with_it = chosen | {int(block)}
-            found = _fitting(table, _trained(table, with_it, choice), budget_bytes, values, max_flops)
-            if found is not None:
-                chosen, held = with_it, found
-        if held is not None:
-            return held
-    return None
+    """Blocks in random order, each trained plainly at the largest rank with which all so far fit, or left out."""
+    num_blocks, ranks = len(table.frozen_resident), _ranks(table)
+    trained: dict[int, Choice] = {}
+    found: Allocation | None = None
+    for block in rng.permutation(num_blocks).tolist():
+        for rank in ranks:
+            choices = _plan(num_blocks, trained | {block: Choice(rank)})
+            fitting = _fitting(table, choices, budget_bytes, values, max_flops)
+            if fitting is not None:
+                trained[block], found = Choice(rank), fitting
+                break
+    return found
 
 
 def everything(
-    table: CostTable,
-    budget_bytes: int,
-    *,
-    values: npt.ArrayLike | None = None,
-    max_flops: float | None = None,
+    table: CostTable, budget_bytes: float, *, values: npt.ArrayLike | None = None, max_flops: float | None = None
 ) -> Allocation | None:
-    """All blocks, plain, at the largest rank; or nothing."""
-    choice = _plain(table)[0]
-    return _fitting(table, [choice] * len(table.frozen_resident), budget_bytes, values, max_flops)
+    """All blocks at the largest rank, plain, or nothing."""
+    choices = [Choice(_ranks(table)[0])] * len(table.frozen_resident)
+    return _fitting(table, choices, budget_bytes, values, max_flops)
 
 
 def everything_checkpointed(
-    table: CostTable,
-    budget_bytes: int,
-    *,
-    values: npt.ArrayLike | None = None,
-    max_flops: float | None = None,
+    table: CostTable, budget_bytes: float, *, values: npt.ArrayLike | None = None, max_flops: float | None = None
 ) -> Allocation | None:
-    """All blocks, each recomputed, at the largest rank; or nothing."""
-    choice = replace(_plain(table)[0], checkpointed=True)
-    return _fitting(table, [choice] * len(table.frozen_resident), budget_bytes, values, max_flops)
-
-
-def additive(
-    table: CostTable, values: npt.ArrayLike, budget_bytes: int, *, max_flops: float | None = None
-) -> Allocation | None:
-    """The paper's literal knapsack: a block costs what it would cost if it alone were trained; costs are summed.
-
-    What comes out is checked against the true peak and the deadline; as long as it keeps one of them not, its lowest
-    block is given up.
-    """
-    found = allocate(_stand_alone(table), values, budget_bytes)
-    blocks = () if found is None else found.trained_blocks
-    while blocks and found is not None:
-        ranks = {j: choice for j, choice in enumerate(found.choices) if choice is not None}
-        choices = [
-            None if j < blocks[0] else ranks[j] if j in blocks else Choice(None)
-            for j in range(len(table.frozen_resident))
-        ]
-        true = _fitting(table, choices, budget_bytes, values, max_flops)
-        if true is not None:
-            return true
-        blocks = blocks[1:]
-    return None
-
-
-def _plain(table: CostTable) -> list[Choice]:
-    """Choices that train without recomputing, largest rank first."""
-    ranks = {choice.rank for choice in table.choices if choice.rank is not None}
-    return [Choice(rank) for rank in sorted(ranks, reverse=True)]
-
-
-def _trained(table: CostTable, blocks: frozenset[int], choice: Choice) -> list[Choice | None]:
-    """The blocks trained, those above the lowest of them passed through."""
-    return [
-        None if j < min(blocks) else choice if j in blocks else Choice(None) for j in range(len(table.frozen_resident))
-    ]
+    """All blocks at the largest rank, every one of them checkpointed, or nothing."""
+    choices = [Choice(_ranks(table, checkpointed=True)[0], checkpointed=True)] * len(table.frozen_resident)
+    return _fitting(table, choices, budget_bytes, values, max_flops)
 
 
 def _fitting(
     table: CostTable,
     choices: Sequence[Choice | None],
-    budget_bytes: int,
+    budget_bytes: float,
     values: npt.ArrayLike | None,
     max_flops: float | None,
 ) -> Allocation | None:
-    """The choices as an allocation where they keep budget and deadline."""
-    bytes_, operations = peak(table, choices), flops(table, choices)
-    if bytes_ > budget_bytes or (max_flops is not None and operations > max_flops):
+    needed, operations = peak(table, choices), flops(table, choices)
+    if not budget_bytes >= 0 or (max_flops is not None and not max_flops >= 0):
+        raise PlanError(
+            f"budget_bytes and max_flops must be at least 0, got {budget_bytes} and {max_flops}; correct them"
+        )
+    if needed > budget_bytes or (max_flops is not None and operations > max_flops):
         return None
-    array = np.zeros(table.above.saved.shape) if values is None else np.asarray(values, dtype=np.float64)
-    value = sum(float(array[j, table.choices.index(c)]) for j, c in enumerate(choices) if c is not None)
-    return Allocation(tuple(choices), value, bytes_, operations)
+    shape = (len(choices), len(table.choices))
+    array = np.zeros(shape) if values is None else np.asarray(values, dtype=np.float64)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise PlanError(f"values must be finite and of shape {shape}, got shape {array.shape}; use choice_values")
+    worth = [array[j, table.choices.index(choice)] for j, choice in enumerate(choices) if choice is not None]
+    return Allocation(tuple(choices), math.fsum(worth), needed, operations)
+
+
+def _plan(num_blocks: int, trained: dict[int, Choice]) -> list[Choice | None]:
+    return [None if block < min(trained) else trained.get(block, PASSED) for block in range(num_blocks)]
+
+
+def _ranks(table: CostTable, *, checkpointed: bool = False) -> list[int]:
+    """Ranks of the table's choices of one kind, the largest first."""
+    ranks = [choice.rank for choice in table.choices if choice.rank is not None and choice.checkpointed == checkpointed]
+    kind = "checkpointed" if checkpointed else "plain"
+    if not ranks:
+        raise PlanError(f"the cost table must have a {kind} choice that trains, got {table.choices}; build it with one")
+    if not checkpointed and PASSED not in table.choices:
+        raise PlanError(f"the cost table must have the choice {PASSED}, got {table.choices}; build it with one")
+    return sorted(ranks, reverse=True)
+
+
+def _unusable(table: CostTable) -> npt.NDArray[np.bool_]:
+    return np.array([choice.checkpointed or choice.rank is None for choice in table.choices])
 
 
 def _stand_alone(table: CostTable) -> CostTable:
-    """A table whose peak is the sum of stand-alone costs above a model that trains nothing."""
-    num_blocks, num_choices = table.above.saved.shape
-    idle = table.fixed + int(table.frozen_resident.sum())
-    costs = np.zeros((num_blocks, num_choices), dtype=np.int64)
-    for index, choice in enumerate(table.choices):
-        if choice.checkpointed:
-            costs[:, index] = UNLIMITED // num_blocks  # the paper knows no recomputation
-        elif choice.rank is not None:
-            alone = [peak(table, _trained(table, frozenset([j]), choice)) for j in range(num_blocks)]
-            costs[:, index] = np.array(alone) - idle
-    zeros, none = np.zeros_like(costs), np.zeros(num_blocks, dtype=np.int64)
-    blocks = BlockCosts(costs, zeros, zeros, zeros, zeros, zeros, zeros)
-    return CostTable(table.choices, blocks, blocks, none, none, none, idle, 0, 0, 0, 0)
+    """A table in which a plan's peak and operations are base plus the sum of stand-alone costs above the base.
+
+    The base is what stands with all blocks frozen. Only resident bytes and operations are not zero.
+    """
+    costs, ranks = stack(table), _ranks(table)
+    num_blocks, num_choices = costs.num_blocks, costs.num_choices
+    base, base_flops = table.fixed + int(costs.frozen_resident[-1]), table.head_flops + int(costs.frozen_flops[-1])
+    resident = np.zeros((num_blocks, num_choices), dtype=np.int64)
+    operations = np.zeros_like(resident)
+    for rank in ranks:
+        at = table.choices.index(Choice(rank))
+        for block in range(num_blocks):
+            alone = _plan(num_blocks, {block: Choice(rank)})
+            resident[block, at] = peak(table, alone) - base
+            operations[block, at] = flops(table, alone) - base_flops
+    checkpointed = costs.recomputes
+    resident[:, checkpointed] = 2**51  # cannot be afforded
+    none, nothing = np.zeros_like(resident), np.zeros(num_blocks, dtype=np.int64)
+    block_costs = BlockCosts(resident, none, none, none, none, none, operations)
+    summed = replace(table, above=block_costs, lowest=block_costs, fixed=base, head_flops=base_flops)
+    summed = replace(summed, frozen_resident=nothing, frozen_forward_peak=nothing, frozen_flops=nothing)
+    return replace(summed, head_peak=0, head_gradient=0, head_optimiser_peak=0)

@@ -13,8 +13,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from fedpilot.errors import PlanError
-from fedpilot.memory.counting import Part, Recording, StepProgram, Storage, record
+from fedpilot.errors import ModelError, PlanError
+from fedpilot.memory.assembly import moments
+from fedpilot.memory.counting import StepProgram, measure_peak
+from fedpilot.memory.parts import Parts, highest
 from fedpilot.memory.profile import (
     BlockTrace,
     MemoryProfile,
@@ -24,6 +26,7 @@ from fedpilot.memory.profile import (
     Segment,
     state_key,
 )
+from fedpilot.memory.recording import record
 from fedpilot.types import ModelSpec, Plan
 
 # None divides the size of a usual layer, batch or vocabulary; fake tensors of such ranks cost nothing.
@@ -31,6 +34,9 @@ _PRIMES = (
     *(10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103),
     *(10111, 10133, 10139, 10141, 10151, 10159, 10163, 10169, 10177, 10181, 10193, 10211),
 )
+
+_TOLERANCE = 0.005
+"""Largest relative error of a prediction; what is known to work has none."""
 
 ProgramFor = Callable[[Plan, int], StepProgram]
 """Builds the step of a plan with so many examples in a micro-batch."""
@@ -84,22 +90,36 @@ def trace(
         train_head: Whether every plan trains the head, if there is one.
 
     Raises:
-        PlanError: A micro-batch is no divisor of the batch.
+        PlanError: A micro-batch is no divisor of the batch, or a pattern does not fit the blocks.
+        ModelError: The parts do not add up to a whole step of this model.
     """
     for size in micro_batches:
         if size < 1 or batch % size:
             raise PlanError(f"a micro-batch must divide the batch of {batch}, got {size}; choose a divisor")
     prober = _Prober(program_for, spec, tuple(patterns), checkpointing, train_head)
-    sizes = tuple(micro_batches) or (batch,)
+    sizes = sorted(set(micro_batches or (batch,)), reverse=True)
     first = program_for(prober.first_plan(sizes[0]), sizes[0])
     groups = _groups(first.blocks, prober.kinds_of)
     profile = _standing(first, spec, prober, groups, train_head, batch)
-    found = {size: prober.probe(groups, size, second=size < batch) for size in sizes}
-    return replace(
+    found = {size: prober.probe(groups, size, second=size < batch, whole=size == sizes[0]) for size in sizes}
+    profile = replace(
         profile,
-        optimiser=_optimiser(list(found.values())),
+        optimiser=_optimiser(found[sizes[0]]),
         micro={size: _micro(findings) for size, findings in found.items()},
     )
+    _check_sum(profile, program_for, prober.mixed_plan(sizes[0]))
+    return profile
+
+
+def _check_sum(profile: MemoryProfile, program_for: ProgramFor, plan: Plan) -> None:
+    """Compares the prediction for a plan that no probe has seen with a step of it."""
+    predicted = max(moment.peak for moment in moments(profile, plan))
+    measured = measure_peak(program_for(plan, plan.micro_batch or profile.batch))
+    if abs(predicted - measured) > _TOLERANCE * measured:
+        raise ModelError(
+            f"a step must be the sum of its parts, got {predicted} bytes from the parts and {measured} from the step; "
+            "blocks of this model share tensors in a way that the memory profile does not know"
+        )
 
 
 class _Prober:
@@ -125,11 +145,26 @@ class _Prober:
             self.modules_of[block].append(module)
         self.kinds_of = [tuple(self.kind_of[module] for module in modules) for modules in self.modules_of]
 
+        self._top = max(spec.block_of.values())
+
     def first_plan(self, micro_batch: int) -> Plan:
-        """All blocks loaded, the last one trained."""
-        last = len(self.modules_of) - 1
-        roles = {block: "lowest" if block == last else "below" for block in range(last + 1)}
-        return self._plan({block: self._default(block, role) for block, role in roles.items()}, micro_batch)
+        """All blocks loaded, the highest adapted one trained."""
+        treatments = {}
+        for block in range(len(self.modules_of)):
+            role = "below" if block < self._top else "lowest" if block == self._top else "above"
+            treatments[block] = self._default(block, role)
+        return self._plan(treatments, micro_batch)
+
+    def mixed_plan(self, micro_batch: int) -> Plan:
+        """A few blocks at both ends, trained or not, recomputed or not, with small ranks that differ."""
+        blocks = sorted({*range(min(4, self._top)), self._top})
+        treatments = {}
+        for position, block in enumerate(blocks):
+            role = "lowest" if position % 2 or block == self._top else "above"
+            kept = self._kept[-1] and position > 1
+            treatments[block] = replace(self._default(block, role), checkpointed=kept)
+        plan = self._plan(treatments, micro_batch)
+        return replace(plan, ranks={module: 1 + index % 5 for index, module in enumerate(plan.ranks)})
 
     def _plan(self, treatments: Mapping[int, _Treatment], micro_batch: int) -> Plan:
         """A probe's plan; blocks without a treatment are not loaded."""
@@ -144,25 +179,39 @@ class _Prober:
         blocks = tuple(sorted(treatments)) if len(treatments) < len(self.modules_of) else None
         return Plan(0, ranks, frozenset(trainable), blocks=blocks, checkpointed=kept, micro_batch=micro_batch)
 
-    def probe(self, groups: Sequence[int], micro_batch: int, *, second: bool) -> _Findings:
-        """Runs all probes of a micro-batch; ``second`` looks at the second micro-batch, with gradients standing."""
+    def probe(self, groups: Sequence[int], micro_batch: int, *, second: bool, whole: bool) -> _Findings:
+        """Runs all probes of a micro-batch.
+
+        Args:
+            groups: Number of each block's structure.
+            micro_batch: Examples of a pass.
+            second: Whether to look at the second pass, with gradients standing, instead of the first.
+            whole: Whether to look at the optimiser too.
+        """
         findings = _Findings()
         for number, treatments in enumerate(self._schedule(groups)):
-            warm = number < 2  # the optimiser's scratch needs its state, and two numbers of trained tensors
+            warm = whole and number < 2  # scratch needs the optimiser's state, clipping two numbers of trained tensors
             program = self._program_for(self._plan(treatments, micro_batch), micro_batch)
             recording = record(program, warm=warm, passes=None if warm else 1 + second)
-            parts = _Parts(recording, [self.primes[kind] for kind in self.kinds], int(second))
-            self._sort(parts, findings, groups, treatments)
+            parts = Parts(recording, [self.primes[kind] for kind in self.kinds], int(second))
+            head = [program.parameters[name].untyped_storage().nbytes() for name in self._head]
+            self._sort(parts, findings, groups, treatments, sum(head) if second else 0)
             if warm:
                 self._sort_optimiser(parts, findings)
         return findings
 
     def _sort(
-        self, parts: "_Parts", findings: _Findings, groups: Sequence[int], treatments: Mapping[int, _Treatment]
+        self,
+        parts: Parts,
+        findings: _Findings,
+        groups: Sequence[int],
+        treatments: Mapping[int, _Treatment],
+        gradients: int,
     ) -> None:
+        """Sorts a probe's parts; ``gradients`` are the bytes of the head's that stand when the pass begins."""
         if findings.pre is None:  # the first probe trains the last block only: hardly anything holds what is shared
             findings.pre, findings.shared = parts.segment("pre"), parts.shared
-            findings.before = parts.before
+            findings.before = parts.before - gradients
         if all(treatment.role == "below" for treatment in treatments.values()):
             findings.head_alone = parts.segment("head")
         elif findings.head is None:
@@ -171,7 +220,7 @@ class _Prober:
             key = state_key(groups[block], block == 0, treatment.role, treatment.checkpointed, treatment.pattern)
             findings.blocks.setdefault(key, parts.block(position))
 
-    def _sort_optimiser(self, parts: "_Parts", findings: _Findings) -> None:
+    def _sort_optimiser(self, parts: Parts, findings: _Findings) -> None:
         recording, clip = parts.recording, parts.segment("clip")
         size = len(recording.trained)
         findings.clip[size] = max(findings.clip.get(size, 0), clip.peak(parts.no_ranks))
@@ -189,7 +238,7 @@ class _Prober:
             for block, group in enumerate(groups)
             for treatment in self._roles(block, len(groups))
         }
-        queue = [len(groups) - 1, *([len(groups)] if self._head else [])]
+        queue = [self._top, *([len(groups)] if self._head else [])]
         while queue or missing:
             lowest = queue.pop(0) if queue else self._next_lowest(groups, missing)
             if lowest is None:
@@ -234,124 +283,6 @@ class _Prober:
         return _Treatment(role, False, pattern)
 
 
-class _Parts:
-    """One recorded step, cut into parts.
-
-    Attributes:
-        recording: The step.
-        shared: Bytes of the shared storages of the micro-batch that is looked at.
-        no_ranks: (1 + kinds,) a 1 and zeros.
-    """
-
-    def __init__(self, recording: Recording, primes: Sequence[int], micro: int) -> None:
-        self.recording = recording
-        self._primes = primes
-        self._micro = micro
-        starts = [0, *(t for t in range(1, len(recording.parts)) if recording.parts[t] != recording.parts[t - 1])]
-        ends = [*starts[1:], len(recording.parts)]
-        self._spans = {recording.parts[start]: (start, end) for start, end in zip(starts, ends, strict=True)}
-        shared = recording.shared(micro)
-        self.shared = tuple(storage.num_bytes for storage in shared)
-        self._shared = _alive(shared, [(i, s.num_bytes) for i, s in enumerate(shared)], len(shared), self._length)
-        self._late = self._find_late()
-        late = [storage for storages in self._late.values() for storage in storages]
-        excluded = {id(storage) for storage in (*shared, *late)}
-        self._live = self._sum([storage for storage in recording.storages if id(storage) not in excluded])
-        self._live_late = self._sum(late)
-        self.no_ranks = np.eye(1, 1 + len(primes), dtype=np.int64)[0]
-
-    def _sum(self, storages: Sequence[Storage]) -> np.ndarray:
-        """(half steps, 1 + kinds) live bytes of these storages."""
-        columns = [self._column(storage.num_bytes) for storage in storages]
-        return _alive(storages, columns, 1 + len(self._primes), self._length)
-
-    def _find_late(self) -> dict[int, list[Storage]]:
-        """Position of a block -> what its forward pass made and the head's part sees the end of, but for its output."""
-        start, end = self._spans.get(Part("head", self._micro), (0, 0))
-        outputs = {id(storage) for storage in self.recording.outputs}
-        found: dict[int, list[Storage]] = {}
-        for storage in self.recording.storages:
-            ends_there = storage.end is not None and 2 * start < storage.end <= 2 * end
-            if storage.part[:2] == ("forward", self._micro) and ends_there and id(storage) not in outputs:
-                found.setdefault(storage.part.block, []).append(storage)
-        return found
-
-    @property
-    def before(self) -> int:
-        """Constant bytes besides gradients that earlier passes have left; nothing before the first."""
-        if self._micro == 0:
-            return 0
-        start = self._spans[Part("pre", self._micro)][0]
-        gradients = sum(size for size in self.recording.trained if self._column(size)[0] == 0)
-        return int(self._live[2 * start, 0] - self._live[0, 0]) - gradients
-
-    @property
-    def _length(self) -> int:
-        return 2 * len(self.recording.parts) + 1
-
-    def _column(self, num_bytes: int) -> tuple[int, int]:
-        for column, prime in enumerate(self._primes, start=1):
-            if num_bytes % prime == 0:
-                return column, num_bytes // prime
-        return 0, num_bytes
-
-    def segment(self, kind: str, block: int = -1) -> Segment:
-        """A part above what stood when its first operator began; empty where the step has no such part."""
-        micro = self._micro if kind in ("pre", "forward", "head", "backward") else self._spans_micro(kind)
-        start, end = self._spans.get(Part(kind, micro, block), (0, 0))
-        moments = slice(2 * start + 1, 2 * end, 2)
-        base = self._live[2 * start]
-        rows, more = self._live[moments] - base, self._shared[moments]
-        if kind == "pre":  # what is shared later is still being made
-            rows[:, 0] += more.sum(axis=1)
-            more = more[:, :0]
-        if kind == "forward":  # the model's frame holds all that is shared, whatever blocks do
-            rows += self._live_late[moments] - self._live_late[2 * start]
-            more = more[:, :0]
-        if kind == "head":
-            more = np.hstack([more, ~np.array(self.recording.backward[start:end], dtype=bool).reshape(-1, 1)])
-        flops = np.zeros(len(base), dtype=np.int64)
-        for operator, count in self.recording.flops:
-            if start <= operator < end:
-                column, value = self._column(count)
-                flops[column] += value
-        return Segment(self._live[2 * end] - base, _highest(np.hstack([rows, more])), flops)
-
-    def _spans_micro(self, kind: str) -> int:
-        return next((part.micro for part in self._spans if part.kind == kind), 0)
-
-    def block(self, block: int) -> BlockTrace:
-        """A block's part in both passes."""
-        late = np.zeros_like(self.no_ranks)
-        for storage in self._late.get(block, ()):
-            column, value = self._column(storage.num_bytes)
-            late[column] += value
-        holds = frozenset(self.recording.holds.get((self._micro, block), ()))
-        return BlockTrace(self.segment("forward", block), late, self.segment("backward", block), holds)
-
-    def scratch(self) -> set[tuple[int, int, int]]:
-        """The optimiser's moments as multiples of the updated tensor, the one before, and a constant."""
-        start, end = self._spans.get(Part("optimiser", self._spans_micro("optimiser")), (0, 0))
-        made = [s for s in self.recording.storages if s.part.kind == "optimiser"]
-        result = set()
-        for operator in range(start, end):
-            alive = [s for s in made if s.birth <= 2 * operator + 1 and (s.end is None or s.end > 2 * operator + 1)]
-            result.add(self._multiples(self.recording.owners[operator], alive))
-        return result
-
-    def _multiples(self, owner: int, alive: Sequence[Storage]) -> tuple[int, int, int]:
-        own = previous = constant = 0
-        for storage in alive:
-            size = self.recording.trained[storage.owner] if storage.owner >= 0 else 0
-            if not size or storage.num_bytes % size or storage.owner < owner - 1:
-                constant += storage.num_bytes
-            elif storage.owner == owner:
-                own += storage.num_bytes // size
-            else:
-                previous += storage.num_bytes // size
-        return own, previous, constant
-
-
 def pattern_parts(pattern: str, count: int) -> tuple[str, ...]:
     """A pattern as one entry for each of a block's adapted modules.
 
@@ -368,27 +299,6 @@ def pattern_parts(pattern: str, count: int) -> tuple[str, ...]:
             "name one for all, or one a module between slashes"
         )
     return parts
-
-
-def _alive(
-    storages: Sequence[Storage], columns: Sequence[tuple[int, int]], num_columns: int, length: int
-) -> np.ndarray:
-    """(half steps, columns) live values, each storage adding its value to its column."""
-    change = np.zeros((length + 1, num_columns), dtype=np.int64)
-    for storage, (column, value) in zip(storages, columns, strict=True):
-        change[min(storage.birth, length), column] += value
-        change[length if storage.end is None else min(storage.end, length), column] -= value
-    return np.cumsum(change, axis=0)[:length]
-
-
-def _highest(rows: np.ndarray) -> np.ndarray:
-    """The rows that no other row reaches in all columns: only they can be the highest for some ranks."""
-    rows = np.unique(rows, axis=0)
-    kept: list[np.ndarray] = []
-    for row in rows[np.argsort(-rows.sum(axis=1), kind="stable")]:
-        if not any((other >= row).all() for other in kept):
-            kept.append(row)
-    return np.array(kept, dtype=np.int64).reshape(-1, rows.shape[1])
 
 
 def _kind(module: str, block: int) -> str:
@@ -465,15 +375,14 @@ def _micro(findings: _Findings) -> MicroTrace:
     )
 
 
-def _optimiser(findings: Sequence[_Findings]) -> OptimiserTrace:
-    states = sorted({pair for found in findings for pair in found.state})
-    scratch = np.array(sorted({triple for found in findings for triple in found.scratch}), dtype=np.int64)
-    clip = {count: peak for found in findings for count, peak in sorted(found.clip.items())}
+def _optimiser(found: _Findings) -> OptimiserTrace:
+    scratch = highest(np.array(sorted(found.scratch), dtype=np.int64).reshape(-1, 3))
+    per_tensor, constant = _line(sorted(found.clip.items()))
     return OptimiserTrace(
-        state=_line(states),
-        scratch=tuple((int(own), int(before), int(rest)) for own, before, rest in _highest(scratch.reshape(-1, 3))),
-        clip=tuple(reversed(_line(sorted(clip.items())))),  # type: ignore[arg-type]
-        left=max(left for found in findings for left in found.left),
+        state=_line(sorted(found.state)),
+        scratch=tuple((int(own), int(before), int(rest)) for own, before, rest in scratch),
+        clip=(constant, per_tensor),
+        left=max(found.left),
     )
 
 
