@@ -103,13 +103,19 @@ class ClientModel:
         generator = torch.Generator().manual_seed(self._subset_seed)
         chosen = torch.randperm(len(self._examples), generator=generator)[:num_examples].sort().values
         subset = self._examples.subset(chosen.tolist())
-        batches = subset.batches(plan.micro_batch or self._settings.batch_size, None)
-        pieces = [training.on_device(batch, adapted.device) for batch in batches]
-        if not pieces:
+        size = plan.micro_batch or self._settings.batch_size
+        total = sum(float(training.num_targets(batch)) for batch in subset.batches(size, None))
+        if not total:
             raise TrainingError(f"client {plan.client_id} must have examples to measure gradients on, got none")
         adapted.set_trainable(names)
         adapted.eval_recomputing()
-        training.backward(adapted.loss, pieces, self._settings.autocast, adapted.device.type)
+
+        def share(batch: Batch) -> torch.Tensor:
+            return adapted.loss(batch) * (training.num_targets(batch) / total)
+
+        for batch in subset.batches(size, None):  # one at a time: the predicted peak has room for one
+            piece = training.on_device(batch, adapted.device)
+            training.backward(share, [piece], self._settings.autocast, adapted.device.type)
         live = adapted.parameters_by_name()
         result = {name: _gradient(live[name]) for name in live if name in names}
         adapted.set_trainable(plan.trainable)

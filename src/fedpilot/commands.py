@@ -62,11 +62,12 @@ def finish(job: Job) -> None:
         rows = display.comparison_rows(comparison)
     console.print(display.metrics_table(rows, metric))
     for sentence in display.verdict(comparison) if comparison is not None else ():
-        console.print(sentence)
+        console.print(sentence, soft_wrap=True)
     pictures = draw(job, lines, comparison)
     console.print()
-    console.print(f"written to {job.path}: metrics.jsonl, adapters/best and adapters/last, {', '.join(pictures)}")
-    console.print(f"take the adapter home: fedpilot export {job.path} my-adapter")
+    written = f"written to {job.path}: metrics.jsonl, adapters/best and adapters/last, {', '.join(pictures)}"
+    console.print(written, soft_wrap=True)
+    console.print(f"take the adapter home: fedpilot export {job.path} my-adapter", soft_wrap=True)
 
 
 def draw(job: Job, lines: Sequence[Line], comparison: Comparison | None) -> list[str]:
@@ -101,7 +102,9 @@ def draw(job: Job, lines: Sequence[Line], comparison: Comparison | None) -> list
 def say_how_to_resume(job: Job) -> None:
     """After Ctrl-C."""
     console = display.console_for(stderr=True)
-    console.print(f"\nstopped; every finished round is on disk. Go on with: fedpilot run --resume {job.path}")
+    console.print(
+        f"\nstopped; every finished round is on disk. Go on with: fedpilot run --resume {job.path}", soft_wrap=True
+    )
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def plan(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
     console.print()
     console.print(plans_table(experiment, entries))
     names = [client.name for client in people.clients]
-    folder = out or jobs.free_path(Path(settings.run.out), f"{settings.run.name}-plan")
+    folder = out or Path(settings.run.out) / f"{settings.run.name}-plan"
     trained = np.zeros((len(names), experiment.sketch.spec.num_blocks), dtype=np.int64)
     for entry in entries:
         if isinstance(entry, Plan):
@@ -131,7 +134,7 @@ def plan(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
         plots.partition_map(people.counts, names, people.class_names, folder / "partition.png"),
         plots.block_map(trained, names, folder / "blocks.png", "Blocks trained in round 1"),
     ]
-    console.print(f"drawn to {' and '.join(str(path) for path in made)}")
+    console.print(f"drawn to {' and '.join(str(path) for path in made)}", soft_wrap=True)
 
 
 def first_plans(experiment: Experiment) -> Sequence[Plan | LeftOut]:
@@ -240,8 +243,8 @@ def export(directory: Path, out: Path, which: Literal["best", "last"]) -> None:
     )
     about = {"method": recipe.algorithm.name, "data": recipe.data.source, "adapter": which, **flat(facts)}
     export_peft(adapted, deployment, out, facts=about | {"classes": ", ".join(labels) or "none"})
-    console.print(f"written to {out}: adapter_config.json, adapter_model.safetensors, README.md")
-    console.print(f"load it with: PeftModel.from_pretrained(base_model, {str(out)!r})")
+    console.print(f"written to {out}: adapter_config.json, adapter_model.safetensors, README.md", soft_wrap=True)
+    console.print(f"load it with: PeftModel.from_pretrained(base_model, {str(out)!r})", soft_wrap=True)
 
 
 def flat(facts: Mapping[str, object]) -> dict[str, object]:

@@ -154,8 +154,13 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def arithmetic(autocast: str, device_type: str) -> AbstractContextManager[object]:
-    """Context of a forward pass: bf16 matrix products, or everything as it is stored."""
-    return torch.autocast(device_type, dtype=torch.bfloat16) if autocast == "bf16" else nullcontext()
+    """Context of a forward pass: bf16 matrix products, or everything as it is stored.
+
+    Autocast's cache is off: it would keep casts of the small trained matrices alive, each of which is used once.
+    """
+    if autocast != "bf16":
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def backward(
