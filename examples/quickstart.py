@@ -15,7 +15,6 @@ def main(recipe_file: Path, adapter_folder: Path) -> None:
     algorithm = experiment.algorithm()
     clients = {client.client_id: client for client in experiment.population.clients}
 
-    state = None
     for state, record in fedpilot.run_rounds(
         algorithm,
         experiment.engine(algorithm),
@@ -31,9 +30,9 @@ def main(recipe_file: Path, adapter_folder: Path) -> None:
             print(f"  {client.name}: blocks {plan.trained}, {plan.peak_bytes} of {client.memory_bytes} bytes")
         for out in record.left_out if record.round == 1 else ():
             print(f"  {clients[out.client_id].name} sits out: {out.reason}")
+        deployment = algorithm.deploy(state)
 
-    assert state is not None, "a recipe has at least one round"
-    fedpilot.export_peft(experiment.adapted, algorithm.deploy(state), adapter_folder)
+    fedpilot.export_peft(experiment.adapted, deployment, adapter_folder)
     print(f"adapter written to {adapter_folder}; load it with peft.PeftModel.from_pretrained")
 
 

@@ -4,6 +4,8 @@ from fedpilot.algorithms.fed_pilot import FedPilot
 from fedpilot.algorithms.fedit import FedIT
 from fedpilot.algorithms.hetlora import HetLoRA
 
+__all__ = ["ALGORITHMS", "FedIT", "FedPilot", "HetLoRA"]
+
 ALGORITHMS = {
     "fed-pilot": FedPilot,
     "fedit": FedIT,

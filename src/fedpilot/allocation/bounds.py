@@ -58,6 +58,7 @@ class Relaxation:
         costs_of_rows: (3, 2, num_blocks, num_choices) bytes or operations of each kind, stacked as in ``Costs``.
         least_peak: (num_cases,) no plan of the case has less.
         least_flops: (num_cases,) no plan of the case has less.
+        scale: (num_rows,) bytes or operations that count as 1 in ``rows``.
         rows: (num_rows, 2, num_blocks, num_choices) the rows that apply, less what every block costs, scaled.
     """
 
@@ -71,7 +72,9 @@ class Relaxation:
         self.count: Ints = m[exists].astype(np.int64)
         self.recompute = self._least_recompute()
         saved = np.where(costs.recomputes, costs.saved, np.minimum(costs.saved, costs.gradient))
-        self.costs_of_rows = np.stack([costs.resident + costs.saved, costs.resident + saved, costs.flops])
+        self.costs_of_rows: Ints = np.stack([costs.resident + costs.saved, costs.resident + saved, costs.flops])
+        needs = costs.table.head_gradient + costs.backward[:, -1] - costs.table.head_peak
+        self.costs_of_rows[HEAD, :, -1] += np.maximum(0, needs)
         self.kinds = [HEAD, *[RECOMPUTE] * some, *[OPERATIONS] * deadline]
         self._set_rows()
         self._set_least()
@@ -79,7 +82,6 @@ class Relaxation:
     def _set_rows(self) -> None:
         costs, table = self.costs, self.costs.table
         rows = self.costs_of_rows.copy()
-        rows[HEAD, :, -1] += np.maximum(0, table.head_gradient + costs.backward[:, -1] - table.head_peak)
         # What every plain and every checkpointed block costs at least is charged to the case, which knows their
         # numbers: then rows differ in what is left to decide, and multipliers are found in few steps.
         plain = np.where(costs.recomputes, FORBIDDEN, rows[:, 0]).min(axis=(1, 2))
@@ -99,7 +101,7 @@ class Relaxation:
         taken += np.where(num_plain > 0, num_plain * plain[:, None], 0)
         taken += np.where(self.count > 0, self.count * checkpointed[:, None], 0)
         self._taken: Ints = taken[self.kinds]  # (num_rows, num_cases) of each row's limit, by the case alone
-        self._scale: Floats = scale[self.kinds]
+        self.scale: Floats = scale[self.kinds]
 
     def _least_recompute(self) -> Ints:
         costs, last = self.costs, self.costs.num_blocks - 1
@@ -118,7 +120,7 @@ class Relaxation:
 
     def capacity(self, limits: Limits, case: Ints) -> Floats:
         """(num, num_rows) what the rows of one case each may sum to."""
-        return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T / self._scale)
+        return np.asarray((self.limits_of_rows(limits) - self._taken[:, case]).T / self.scale)
 
     def all_cases(self, values: Floats, limits: Limits, theta: Floats) -> Floats:
         """Bound of every case at one θ a client: (num_clients, num_cases).
@@ -138,7 +140,7 @@ class Relaxation:
             np.cumsum(-np.sort(-gain, axis=2), axis=2, out=most[:, :, 1:])
         bound = np.asarray(plain[:, self.lowest] + most[:, self.lowest, self.count])
         for row, limit in enumerate(self.limits_of_rows(limits)):
-            bound += (theta[:, row] / self._scale[row])[:, None] * (limit[:, None] - self._taken[row])
+            bound += (theta[:, row] / self.scale[row])[:, None] * (limit[:, None] - self._taken[row])
         return bound
 
     def _best(self, values: Floats, theta: Floats) -> tuple[list[Floats], list[Floats]]:

@@ -41,8 +41,8 @@ TOLERANCE = 2.0**-38
 """More than bounds lose by rounding: a bound below V + GRID - TOLERANCE proves a value of at most V."""
 NEIGHBOURS = 3
 """How many states with a little less D a state is compared with."""
-D, P, Q, R, F, COUNT = range(6)
-"""Registers of a state; COUNT is the number of its checkpointed blocks."""
+D, P, Q, R, F, COUNT, HEAD_SUM, RECOMPUTE_SUM = range(8)
+"""Registers of a state; COUNT is the number of its checkpointed blocks, the sums are those of the bound's rows."""
 
 
 class Best:
@@ -96,7 +96,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class _States:
-    """States after one block: registers (6, num), value, bound, case; the state and the choice that they come from."""
+    """States after one block: registers (8, num), value, bound, case; the state and the choice that they come from."""
 
     registers: Ints
     value: Floats
@@ -159,18 +159,21 @@ class Search:
             if self.relaxation.deadline:
                 keep &= states.registers[F] + self._rest(states, k, OPERATIONS) <= self.operations[states.case]
             least = least + self.standing[states.case]
-            keep &= self.best.may_better(self.cases.client[states.case], states.bound, least)
+            keep &= self.best.may_better(self.cases.client[states.case], self._tight(states), least)
             ends = self.lowest[states.case] == k
             self._finish(states.where(ends & keep), k, history)
             states = states.where(~ends & keep)
-            states = self._prune(states.where(states.bound >= self.best.floor(self.cases.client[states.case])), k)
+            states = self._prune(
+                states.where(self._tight(states) >= self.best.floor(self.cases.client[states.case])), k
+            )
             history.append(states)
 
     def _start(self) -> _States:
         table, n = self.costs.table, len(self.cases)
-        registers = np.zeros((6, n), dtype=np.int64)
+        registers = np.zeros((8, n), dtype=np.int64)
         registers[D], registers[P] = table.head_peak, table.head_gradient
         registers[Q], registers[F] = table.head_gradient + table.head_optimiser_peak, table.head_flops
+        registers[HEAD_SUM], registers[RECOMPUTE_SUM] = table.head_peak, table.head_gradient
         none = np.zeros(n, dtype=np.int64)
         return _States(registers, np.zeros(n), self.cases.bound, np.arange(n, dtype=np.int64), none, none)
 
@@ -190,8 +193,21 @@ class Search:
         after[R] = before[R] + resident
         after[F] = before[F] + costs.flops[at]
         after[COUNT] = before[COUNT] + costs.recomputes[choice]
+        after[HEAD_SUM] = before[HEAD_SUM] + self.relaxation.costs_of_rows[HEAD][at]
+        after[RECOMPUTE_SUM] = before[RECOMPUTE_SUM] + self.relaxation.costs_of_rows[RECOMPUTE][at]
         value = states.value[parent] + self.values[self.cases.client[case], k, choice]
         return _States(after, value, bound[parent, choice], case, parent, choice)
+
+    def _tight(self, states: _States) -> Floats:
+        """The bound with true stages in place of the rows, which are at most as high: D for head, and so on."""
+        registers, case = states.registers, states.case
+        price = self.cases.theta[case] / self.relaxation.scale
+        bound = states.bound - price[:, 0] * np.maximum(0, registers[D] - registers[HEAD_SUM])
+        if RECOMPUTE in self.rests:
+            after = registers[D] - self.relaxation.recompute[self.cases.case[case]]
+            stage = np.where(registers[COUNT] == 0, registers[P], after)
+            bound -= price[:, 1] * np.maximum(0, stage - registers[RECOMPUTE_SUM])
+        return np.asarray(bound)
 
     def _rest(self, states: _States, k: int, kind: int) -> Ints:
         """Least that a row's sum still grows by after block k, given how many blocks are yet to be checkpointed."""
@@ -245,7 +261,7 @@ class Search:
     def _narrow(self, states: _States) -> _States:
         if np.bincount(states.case).max(initial=0) <= self.width:
             return states
-        states = states.where(np.argsort(4.0 * states.case - np.maximum(states.bound, -1.0), kind="stable"))
+        states = states.where(np.argsort(4.0 * states.case - np.maximum(self._tight(states), -1.0), kind="stable"))
         starts = np.flatnonzero(np.diff(states.case, prepend=-1))
         place = np.arange(len(states.case)) - np.repeat(starts, np.diff(starts, append=len(states.case)))
         self.cut[states.case[place >= self.width]] = True

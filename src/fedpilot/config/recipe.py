@@ -91,7 +91,7 @@ class EvaluationSettings:
     Attributes:
         batch_size: Examples of a forward pass.
         by: Column of the data by whose values the metrics are given too; ``"none"`` for the whole test set only.
-        metric: What the best adapter is chosen by, the run is stopped by and the comparison is decided by: ``accuracy``,
+        metric: What chooses the best adapter, stops the run and decides the comparison: ``accuracy``,
             ``loss`` or ``perplexity``, with ``/value`` behind it for one value of ``by``. ``auto`` is perplexity for
             language models and accuracy for all else.
         patience: Rounds without a gain after which the run stops; ``"none"`` to run all rounds.
