@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from fedpilot import cli, commands, display, jobs, tensors
+from fedpilot import cli, commands, display, jobs, progress, tensors
 from fedpilot.cli import app
+from fedpilot.comparison import Comparison, Standing
 from fedpilot.config import profiles, setup
 from fedpilot.config.recipe import load_recipe
 from fedpilot.exchange import UploadRecord
@@ -559,7 +560,8 @@ def watched(*, terminal: bool) -> str:
     record = RoundRecord(
         1, uploads=(upload,), bytes_up=2**20, bytes_down=2**21, metrics={"accuracy": 0.5}, seconds={"total": 2.0}
     )
-    with display.Watcher(console, "method", 3, ["Bern", "Oslo", "Rome"], "accuracy") as watcher:
+    with progress.Watcher(console, "method", 3, ["Bern", "Oslo", "Rome"], "accuracy") as watcher:
+        watcher.round_done(RoundRecord(0, metrics={"accuracy": 0.125}))
         watcher.round_started(1, [Plan(0, {}, frozenset()), Plan(1, {}, frozenset())], [LeftOut(2, "small", 2**30)])
         watcher.client_done(1, upload)
         watcher.client_done(1, Failure(1, "on fire"))
@@ -570,6 +572,7 @@ def watched(*, terminal: bool) -> str:
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
     assert watched(terminal=False).splitlines() == [
+        "method  round 0/3  before training  accuracy 0.1250",
         "  Rome sits out: nothing fits its budget; 1.00 GiB would do",
         "  Oslo failed: on fire",
         "method  round 1/3  1 client  loss 0.250  accuracy 0.5000  down 2.0 MiB  up 1.0 MiB  2.0 s  left 4.0 s",
@@ -579,7 +582,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 def test_on_a_terminal_a_live_line_shows_how_far_the_round_is() -> None:
     shown = watched(terminal=True)
     assert "method  round 1/3" in shown
-    assert "clients 2/2  loss 0.250  up 1.0 MiB  left " in shown
+    assert "clients 2/2  loss 0.250  accuracy 0.1250  up 1.0 MiB  left " in shown
 
 
 def test_what_libraries_say_goes_to_the_log_file_and_what_we_say_to_both(
@@ -600,12 +603,12 @@ def test_time_is_put_for_people(seconds: float, text: str) -> None:
     assert display.clock(seconds) == text
 
 
-def standing(round: int, seconds: float, accuracy: float) -> jobs.Standing:
-    return jobs.Standing(round, seconds, {"accuracy": accuracy})
+def standing(round: int, seconds: float, accuracy: float) -> Standing:
+    return Standing(round, seconds, {"accuracy": accuracy})
 
 
-def comparison(baseline: float) -> jobs.Comparison:
-    return jobs.Comparison(
+def comparison(baseline: float) -> Comparison:
+    return Comparison(
         "accuracy", True, "ours", "theirs", 2,
         before=standing(0, 0, 0.5), after=standing(3, 9, 0.75),
         equal_rounds=standing(3, 6, baseline), equal_time=standing(5, 10, 0.75),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpilot.config import schema, setup
+from fedpilot.config import clients, population, schema, setup
 from fedpilot.config.recipe import SECTIONS, Recipe, load_recipe, read_recipe
 from fedpilot.config.schema import AT_LEAST_ONE, ByteSize
 from fedpilot.errors import ConfigError
@@ -278,22 +278,22 @@ def test_every_section_is_a_field_of_the_recipe() -> None:
 
 def test_tiers_go_round_and_a_shuffle_deals_the_same_ones() -> None:
     recipe = read(changed("clients", memory=[1, 2, 3]))
-    assert setup.tier_of_clients(recipe, 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert population.tier_of_clients(recipe, 7) == [0, 1, 2, 0, 1, 2, 0]
     shuffled = replace(recipe, clients=replace(recipe.clients, assign="shuffle"))
-    dealt = setup.tier_of_clients(shuffled, 7)
+    dealt = population.tier_of_clients(shuffled, 7)
     assert sorted(dealt) == [0, 0, 0, 1, 1, 2, 2]
-    assert dealt == setup.tier_of_clients(shuffled, 7)
+    assert dealt == population.tier_of_clients(shuffled, 7)
 
 
 @pytest.mark.parametrize(("examples", "epochs", "cap", "steps"), [(33, 1, None, 3), (33, 2, None, 6), (33, 2, 4, 4)])
 def test_steps_of_a_local_update_are_counted(examples: int, epochs: int, cap: int | None, steps: int) -> None:
     training = replace(read(smallest()).training, batch_size=16, local_epochs=epochs, max_steps=cap)
-    assert setup.num_steps(examples, training) == steps
+    assert population.num_steps(examples, training) == steps
 
 
 def test_seeds_differ_by_client_round_and_purpose() -> None:
     seeds = {
-        setup.seed_of(0, purpose, client, round) for purpose in (1, 2) for client in range(5) for round in range(5)
+        clients.seed_of(0, purpose, client, round) for purpose in (1, 2) for client in range(5) for round in range(5)
     }
     assert len(seeds) == 50
 
@@ -302,7 +302,7 @@ def test_columns_that_other_sections_name_are_kept() -> None:
     tables = changed("partition", kind="column", column="domain")
     tables["evaluation"] = {"by": "source"}
     tables["data"]["columns"] = ["domain"]
-    assert setup.data_settings(read(tables)).columns == ("domain", "source")
+    assert population.data_settings(read(tables)).columns == ("domain", "source")
 
 
 def test_a_metric_of_loss_is_better_when_it_is_lower() -> None:

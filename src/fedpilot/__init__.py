@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedpilot.algorithms import ALGORITHMS, FedIT, FedPilot, HetLoRA
     from fedpilot.client import ClientModel
+    from fedpilot.comparison import Comparison
     from fedpilot.config.recipe import Recipe, load_recipe
     from fedpilot.config.setup import Experiment, experiment
     from fedpilot.data import DataSettings, PartitionSettings
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fedpilot.errors import FedpilotError
     from fedpilot.evaluation import evaluate
     from fedpilot.export import export_peft
-    from fedpilot.jobs import Comparison, Job, resume, run, start
+    from fedpilot.jobs import Job, resume, run, start
     from fedpilot.memory import MemoryProfile, peak_bytes
     from fedpilot.model import AdaptedModel, ModelSettings, build_model
     from fedpilot.record import RunDirectory
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "algorithms": ("ALGORITHMS", "FedIT", "FedPilot", "HetLoRA"),
     "client": ("ClientModel",),
+    "comparison": ("Comparison",),
     "config.recipe": ("Recipe", "load_recipe"),
     "config.setup": ("Experiment", "experiment"),
     "data": ("DataSettings", "PartitionSettings"),
@@ -36,7 +38,7 @@ _HOMES = {
     "errors": ("FedpilotError",),
     "evaluation": ("evaluate",),
     "export": ("export_peft",),
-    "jobs": ("Comparison", "Job", "resume", "run", "start"),
+    "jobs": ("Job", "resume", "run", "start"),
     "memory": ("MemoryProfile", "peak_bytes"),
     "model": ("AdaptedModel", "ModelSettings", "build_model"),
     "record": ("RunDirectory",),

@@ -172,6 +172,14 @@ def assets(
             commands.fetch_assets(names)
 
 
+class _Shown(logging.Handler):
+    """Writes to the error stream of the moment, which a live display replaces by one that keeps out of its way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the message."""
+        click.echo(self.format(record), err=True)
+
+
 class LogFile:
     """Keeps what libraries log and warn off the screen, in a file once there is a folder for it.
 
@@ -183,7 +191,7 @@ class LogFile:
 
         self._held = MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.Handler | None = None
-        self._shown = logging.StreamHandler()
+        self._shown = _Shown()
         self._shown.addFilter(lambda record: record.name.startswith("fedpilot"))
         self._shown.setLevel(min(logging.WARNING, logging.getLogger("fedpilot").level or logging.WARNING))
         self._shown.setFormatter(logging.Formatter("%(message)s"))

@@ -10,13 +10,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedpilot import assets, display, jobs
+from fedpilot import assets, display, jobs, progress
+from fedpilot.comparison import Comparison, Line, rounds_trained, standings
 from fedpilot.config import profiles, setup
+from fedpilot.config.population import Population
 from fedpilot.config.recipe import load_recipe
-from fedpilot.config.setup import Experiment, Population
+from fedpilot.config.setup import Experiment
 from fedpilot.display import size
 from fedpilot.export import export_peft
-from fedpilot.jobs import Comparison, Job, Line
+from fedpilot.jobs import Job
 from fedpilot.model import build_model
 from fedpilot.planning import trained_blocks
 from fedpilot.record import RunDirectory
@@ -31,7 +33,7 @@ def begin(recipe: Path | None, overrides: Sequence[str], out: Path | None, resum
     """The run directory with everything up to the first round."""
     console = display.console_for()
     settings = None if recipe is None else load_recipe(recipe, overrides)
-    with display.working(console, "loading data and tracing the memory of a training step"):
+    with progress.working(console, "loading data and tracing the memory of a training step"):
         if settings is not None:
             job = jobs.start(settings, out)
         else:
@@ -50,13 +52,13 @@ def finish(job: Job) -> None:
     console = display.console_for()
     people, metric = job.experiment.population, job.recipe.evaluation.metric
     names = [client.name for client in people.clients]
-    comparison = jobs.run(job, partial(display.Watcher, console, names=names, metric=metric, said=set()))
+    comparison = jobs.run(job, partial(progress.Watcher, console, names=names, metric=metric, said=set()))
     lines = job.directory.lines()
     budgets = [client.memory_bytes for client in people.clients]
     console.print()
     console.print(display.clients_table(lines, names, people.tiers, budgets))
     console.print()
-    stood = jobs.standings(lines)
+    stood = standings(lines)
     rows = [("before training", stood[0]), (job.recipe.algorithm.name, stood[-1])]
     if comparison is not None:
         rows = display.comparison_rows(comparison)
@@ -77,14 +79,14 @@ def draw(job: Job, lines: Sequence[Line], comparison: Comparison | None) -> list
     made = [
         plots.partition_map(people.counts, names, people.class_names, job.path / "partition.png"),
         plots.block_map(
-            jobs.rounds_trained(lines, len(names), job.experiment.sketch.spec.num_blocks),
+            rounds_trained(lines, len(names), job.experiment.sketch.spec.num_blocks),
             names,
             job.path / "blocks.png",
         ),
     ]
-    curves = {job.recipe.algorithm.name: jobs.standings(lines)}
+    curves = {job.recipe.algorithm.name: standings(lines)}
     if comparison is not None:
-        curves[comparison.baseline] = jobs.standings(job.baseline_directory().lines())
+        curves[comparison.baseline] = standings(job.baseline_directory().lines())
     metric = job.recipe.evaluation.metric
     made.append(
         plots.metric_over_time(
@@ -114,7 +116,7 @@ def plan(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
     """Who has what and who would train what."""
     console = display.console_for()
     settings = load_recipe(recipe, overrides)
-    with display.working(console, "loading data and tracing the memory of a training step"):
+    with progress.working(console, "loading data and tracing the memory of a training step"):
         experiment = setup.experiment(settings)
     people = experiment.population
     entries = first_plans(experiment)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from fedpilot import assets, memory, planning
 from fedpilot.config import schema, setup
+from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe
 from fedpilot.errors import ConfigError
 from fedpilot.memory import Breakdown, MemoryProfile
@@ -48,7 +49,7 @@ class Profile:
 
 def of_recipe(recipe: Recipe) -> Profile:
     """Of the recipe's model and settings, with inputs as long as its data's longest."""
-    people = setup.population(recipe)
+    people = load_population(recipe)
     settings = setup.model_settings(recipe, people)
     return profile(settings, recipe.training, setup.num_labels(recipe, people), None)
 

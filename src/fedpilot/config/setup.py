@@ -2,20 +2,20 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from fedpilot import assets, data, memory, planning
+from fedpilot import assets, memory, planning
 from fedpilot.algorithms import ALGORITHMS
-from fedpilot.client import ClientModel
-from fedpilot.config.recipe import AlgorithmSettings, Recipe
+from fedpilot.config.clients import Clients
+from fedpilot.config.population import Population, load_population
+from fedpilot.config.recipe import Recipe
 from fedpilot.config.schema import ByteSize
-from fedpilot.data import EncodedDataset, Table
+from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.engines.in_process import InProcess
 from fedpilot.errors import ConfigError
 from fedpilot.evaluation import evaluate
@@ -23,185 +23,9 @@ from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel, ModelSettings, build_model
 from fedpilot.stopping import EarlyStop, Goal
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Algorithm, ClientProfile, Deployment, ModelSpec, Penalty, Plan, Site, Task, Tensors
-
-ORDER, SUBSET, TIERS = 1, 2, 3  # what a client's seeds are for
+from fedpilot.types import Algorithm, Deployment, ModelSpec
 
 CALIBRATION_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Population:
-    """Who takes part, and with what.
-
-    Attributes:
-        table: The data before encoding.
-        train: All training examples.
-        test: What the server evaluates on.
-        parts: Positions in ``train`` of each client's examples.
-        clients: Their profiles; client k is entry k.
-        tiers: Tier of each client.
-    """
-
-    table: Table
-    train: EncodedDataset
-    test: EncodedDataset
-    parts: tuple[np.ndarray, ...]
-    clients: tuple[ClientProfile, ...]
-    tiers: tuple[str, ...]
-
-    @cached_property
-    def examples(self) -> tuple[EncodedDataset, ...]:
-        """Each client's examples."""
-        pairs = zip(self.parts, self.clients, strict=True)
-        return tuple(self.train.subset(part, name=client.name) for part, client in pairs)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the columns of ``counts``."""
-        return self.table.label_names or ("examples",)
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """(clients, classes) examples of each client by class."""
-        return data.partition_table(self.parts, self.table.train.labels, len(self.class_names))
-
-
-class Clients:
-    """Makes each client's site.
-
-    Args:
-        recipe: Training settings and seed.
-        population: Data.
-        adapted: The shared model.
-    """
-
-    def __init__(self, recipe: Recipe, population: Population, adapted: AdaptedModel) -> None:
-        self._recipe, self._population, self._adapted = recipe, population, adapted
-        self._measured: set[object] = set()
-
-    def site(self, client_id: int, round: int) -> Site:
-        """The client's place in a round."""
-        settings, rounds = self._recipe.training, self._recipe.run.rounds
-        # A baseline may go on after the last planned round, to use the same time: the schedule has ended by then.
-        rate = settings.learning_rate_at(min(round, rounds), rounds)
-
-        def make(measure_peak: bool) -> ClientModel:
-            return ClientModel(
-                self._adapted,
-                self._population.examples[client_id],
-                settings,
-                learning_rate=rate,
-                seed=seed_of(self._recipe.run.seed, ORDER, client_id, round),
-                subset_seed=seed_of(self._recipe.run.seed, SUBSET, client_id),
-                measure_peak=measure_peak,
-            )
-
-        return Site(self._population.clients[client_id], _Measured(make, self._measured))
-
-
-class _Measured:
-    """A client's model that measures its peak the first time that it trains what a plan says."""
-
-    def __init__(self, make: Callable[[bool], ClientModel], measured: set[object]) -> None:
-        self._make, self._seen = make, measured
-        self._model: ClientModel | None = None
-
-    def load(self, task: Task) -> None:
-        """As `ClientModel.load`."""
-        key = _shape(task.plan)
-        self._model = self._make(key not in self._seen)
-        self._seen.add(key)
-        self._model.load(task)
-
-    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
-        """As `ClientModel.fit`."""
-        return self._loaded().fit(trainable, penalty=penalty)
-
-    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
-        """As `ClientModel.gradients`."""
-        return self._loaded().gradients(names, num_examples=num_examples)
-
-    def read(self) -> Tensors:
-        """As `ClientModel.read`."""
-        return self._loaded().read()
-
-    def _loaded(self) -> ClientModel:
-        assert self._model is not None, "a task is loaded before it is worked on"
-        return self._model
-
-
-def _shape(plan: Plan) -> object:
-    """What a plan's memory depends on."""
-    ranks = tuple(sorted(plan.ranks.items()))
-    return plan.client_id, ranks, plan.trainable, plan.blocks, plan.checkpointed, plan.micro_batch
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that differs wherever one of the numbers does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-# --- the parts ----------------------------------------------------------------------------------------------------
-
-
-def population(recipe: Recipe) -> Population:
-    """Loads, splits and encodes the data, and gives each client its tier.
-
-    Raises:
-        DataError: The data cannot be had or split as asked.
-        AssetError: A packaged asset cannot be had.
-    """
-    source = assets.resolve(recipe.model.source)
-    table = data.load(data_settings(recipe))
-    parts = data.partition(table.train, recipe.partition)
-    names = data.client_names(table.train, recipe.partition)
-    sizes = {"max_length": recipe.model.max_length, "image_size": recipe.model.image_size}
-    train, test = (
-        data.encode(rows, task=recipe.model.task, model=source, name=name, **sizes)
-        for rows, name in ((table.train, "training data"), (table.test, "test data"))
-    )
-    tiers = tier_of_clients(recipe, len(parts))
-    clients = tuple(
-        ClientProfile(
-            client_id=k,
-            num_examples=len(part),
-            memory_bytes=recipe.clients.memory[tier],
-            deadline_s=_of_tier(recipe.clients.deadline_s, tier),
-            flops_per_second=_of_tier(recipe.clients.flops_per_second, tier),
-            name=name,
-            num_steps=num_steps(len(part), recipe.training),
-        )
-        for k, (part, name, tier) in enumerate(zip(parts, names, tiers, strict=True))
-    )
-    called = recipe.clients.tiers or tuple(f"tier {number}" for number in range(1, len(recipe.clients.memory) + 1))
-    return Population(table, train, test, tuple(parts), clients, tuple(called[tier] for tier in tiers))
-
-
-def data_settings(recipe: Recipe) -> data.DataSettings:
-    """The data section with the columns that other sections name."""
-    named = (recipe.partition.column, recipe.evaluation.by)
-    columns = dict.fromkeys([*recipe.data.columns, *(name for name in named if name is not None)])
-    return dataclasses.replace(recipe.data, columns=tuple(columns))
-
-
-def tier_of_clients(recipe: Recipe, num_clients: int) -> list[int]:
-    """Index of each client's tier."""
-    tiers = [k % len(recipe.clients.memory) for k in range(num_clients)]
-    if recipe.clients.assign == "shuffle":
-        rng = np.random.default_rng([recipe.run.seed, TIERS])
-        tiers = [tiers[k] for k in rng.permutation(num_clients)]
-    return tiers
-
-
-def num_steps(num_examples: int, settings: TrainingSettings) -> int:
-    """Optimiser steps of a client's local update."""
-    steps = -(-num_examples // settings.batch_size) * settings.local_epochs
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
-def _of_tier(values: tuple[float, ...], tier: int) -> float | None:
-    return values[tier] if values else None
 
 
 def model_settings(recipe: Recipe, people: Population) -> ModelSettings:
@@ -346,7 +170,7 @@ def experiment(recipe: Recipe) -> Experiment:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     device = device_of(recipe)
-    people = population(recipe)
+    people = load_population(recipe)
     sketch = build_model(
         model_settings(recipe, people), num_labels=num_labels(recipe, people), device="fake", seed=recipe.run.seed
     )

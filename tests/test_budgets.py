@@ -1,0 +1,83 @@
+"""No client ever exceeds its budget: the peak of the real step, counted, against what was planned for it."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedpilot import memory, planning, tensors
+from fedpilot.memory import MemoryProfile
+from fedpilot.record import RunDirectory
+from fedpilot.training import TrainingSettings
+from fedpilot.types import ClientProfile, LeftOut, Plan
+from tests import tiny
+
+TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def bert_profile() -> MemoryProfile:
+    """The profile of the tiny BERT, with recomputation and two micro-batches."""
+    sketch = tiny.build("bert", device="fake")
+    return memory.trace(
+        lambda plan, micro: sketch.program(plan, TRAINING, micro), sketch.spec, batch=4, micro_batches=(2, 4)
+    )
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0.0, 1.1), checkpointing=st.booleans(), seed=st.integers(0, 10**6))
+def test_the_counted_peak_of_the_real_step_keeps_the_budget(
+    bert_profile: MemoryProfile, share: float, checkpointing: bool, seed: int
+) -> None:
+    model = tiny.shared("bert")
+    rng = np.random.default_rng(seed)
+    everything = memory.peak_bytes(bert_profile, planning.train_all(model.spec, 0, 8))
+    allocate = planning.BlockAllocation(model.spec, bert_profile, 8, (2, 8), checkpointing=checkpointing)
+    low = allocate([ClientProfile(0, 4, 1)], [_values(model.spec.num_blocks, rng)], rng)[0]
+    assert isinstance(low, LeftOut)
+    assert low.needed_bytes is not None
+    budget = int(low.needed_bytes + share * (everything - low.needed_bytes))
+    (plan,) = allocate([ClientProfile(0, 4, budget)], [_values(model.spec.num_blocks, rng)], rng)
+    assert isinstance(plan, Plan)
+    measured = memory.measure_peak(model.program(plan, TRAINING))
+    assert measured == plan.peak_bytes
+    assert measured <= budget
+
+
+def _values(num_blocks: int, rng: np.random.Generator) -> dict[int, float]:
+    return {block: float(value) for block, value in enumerate(rng.random(num_blocks))}
+
+
+@pytest.mark.slow
+def test_a_run_of_a_real_model_that_is_killed_and_resumed_ends_with_the_same_adapter(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "tiny.toml"
+    command = [sys.executable, "-m", "fedpilot.cli", "run"]
+    shorter = ["--set", "run.rounds=4", "--set", "data.limit=120"]
+    subprocess.run([*command, str(recipe), *shorter, "--out", str(tmp_path / "whole")], check=True, timeout=600)
+    moments = random.Random(7)
+    path = tmp_path / "killed"
+    arguments = [str(recipe), *shorter, "--out", str(path)]
+    kills = 0
+    while kills < 5:
+        process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(8.0, 20.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        if (path / "manifest.json").exists():
+            arguments = ["--resume", str(path)]
+        if process.returncode == 0:
+            break
+    assert kills > 0
+    subprocess.run([*command, *arguments], check=True, timeout=600)
+    for which in ("last", "best"):
+        whole, resumed = (RunDirectory.open(tmp_path / name).load_adapter(which)[0] for name in ("whole", "killed"))
+        assert tensors.digest(whole.tensors) == tensors.digest(resumed.tensors)
