@@ -144,6 +144,7 @@ def check(found: Allocation | None, table: CostTable, plans: Plans, budget: int,
     assert found is not None
     best = plans.values[fits].max()
     assert found.value == pytest.approx(best, abs=1e-9)
+    assert found.gap == 0
     # Of the plans of the greatest value, the one of the lowest peak.
     assert found.peak_bytes == plans.peaks[fits & (plans.values > best - 1e-9)].min()
     assert found.peak_bytes == allocation.peak(table, found.choices) <= budget
@@ -441,3 +442,23 @@ def test_a_table_or_a_plan_that_contradicts_itself_is_refused() -> None:
         allocation.suffix(table, -1)
     with pytest.raises(PlanError, match="values must be finite and of shape"):
         allocation.everything(table, 1000, values=[[1.0]])
+
+
+def test_a_search_that_is_given_up_says_what_it_may_have_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "WIDEST", 2)
+    monkeypatch.setattr(solve, "WIDEST_FOR_TIES", 2)
+    gaps = []
+    for seed in range(1, 121, 2):
+        table, values, rng = small_instance(seed)
+        plans = brute_force(table, values)
+        budget, max_flops = int(rng.choice(plans.peaks)), int(rng.choice(plans.flops))
+        fits = plans.fitting(budget, max_flops)
+        found = allocation.allocate(table, values, budget, max_flops=max_flops)
+        assert (found is None) == (not fits.any())
+        if found is not None:
+            best = plans.values[fits].max()
+            assert best - 1e-9 <= found.value + found.gap
+            assert found.gap > 0 or found.value == pytest.approx(best, abs=1e-9)
+            assert found.peak_bytes <= budget
+            gaps.append(found.gap)
+    assert max(gaps) > 0

@@ -26,12 +26,14 @@ class Allocation:
         value: Sum of the values of the choices.
         peak_bytes: Peak of a training step.
         flops: Floating-point operations of a training step.
+        gap: By at most so much another plan that fits can be worth more; 0 where it is proved that none is.
     """
 
     choices: tuple[Choice | None, ...]
     value: float
     peak_bytes: int
     flops: int
+    gap: float = 0.0
 
     @property
     def trained_blocks(self) -> tuple[int, ...]:

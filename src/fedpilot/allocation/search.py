@@ -24,8 +24,8 @@ as another with every continuation, so of two states with as many checkpointed b
 a state that cannot end within the limits, and one that cannot end better than the best plan found: its bound, which is
 the case's bound less the reduced costs of its choices (``multipliers``), is too low, or only just high enough and its
 peak is no lower. Nothing else is dropped but by the *width*, a cap on the states of a case after a block; a case in
-which it bit is searched again, wider, until it does not. Overlooking a dominated state or poor multipliers cost time,
-never the optimum.
+which it bit is searched again, wider, until it does not, or is given up, which the plan's ``gap`` tells. Overlooking a
+dominated state or poor multipliers cost time, never the optimum.
 """
 
 from dataclasses import dataclass
@@ -46,17 +46,21 @@ D, P, Q, R, F, COUNT, HEAD_SUM, RECOMPUTE_SUM = range(8)
 
 
 class Best:
-    """The best plan found for each client: by value, then by peak; -1 marks frozen blocks."""
+    """The best plan found for each client: by value, then by peak; -1 marks frozen blocks.
+
+    ``bound`` is the highest bound of the client's cases that were given up.
+    """
 
     def __init__(self, num_clients: int, num_blocks: int) -> None:
         self.value: Floats = np.full(num_clients, -np.inf)
+        self.bound: Floats = np.full(num_clients, -np.inf)
         self.peak: Ints = np.full(num_clients, 2**62, dtype=np.int64)
         self.flops: Ints = np.zeros(num_clients, dtype=np.int64)
         self.picked: Ints = np.full((num_clients, num_blocks), -1, dtype=np.int64)
 
     def take(self, part: slice, other: "Best") -> None:
         """Takes over the plans of some clients."""
-        self.value[part], self.peak[part] = other.value, other.peak
+        self.value[part], self.bound[part], self.peak[part] = other.value, other.bound, other.peak
         self.flops[part], self.picked[part] = other.flops, other.picked
 
     def floor(self, clients: Ints) -> Floats:

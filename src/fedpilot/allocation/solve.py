@@ -11,7 +11,7 @@ import numpy as np
 from fedpilot.allocation.bounds import Limits, Relaxation
 from fedpilot.allocation.costs import Bools, Costs, Floats, Ints
 from fedpilot.allocation.multipliers import Lagrangian, Steps
-from fedpilot.allocation.search import TOLERANCE, Best, Cases, Search, slack
+from fedpilot.allocation.search import GRID, TOLERANCE, Best, Cases, Search, slack
 
 # Speed only; the answer does not depend on these.
 CLIENTS_AT_ONCE = 2048
@@ -23,22 +23,28 @@ PROMISING = 4
 FIRST_WIDTH = 2
 WIDER = 4
 
+WIDEST = 2**15
+"""Width at which a case is given up; blocks of equal costs need some hundreds, costs without pattern can need more."""
+WIDEST_FOR_TIES = 2**9
+"""Width at which the search for a plan of equal value and lower peak is given up."""
 
-def solve(costs: Costs, values: Floats, limits: Limits, *, deadline: bool) -> Best:
-    """Exact optimum of every client; a client for which nothing fits keeps the value -inf.
+
+def solve(costs: Costs, values: Floats, limits: Limits, *, deadline: bool, give_up: bool = True) -> Best:
+    """Optimum of every client; a client for which nothing fits keeps the value -inf.
 
     Args:
         costs: The table.
         values: (num_clients, num_blocks, num_choices) multiples of ``GRID`` that sum to at most 1 in any plan.
         limits: Of the clients.
         deadline: Whether operations are limited.
+        give_up: Whether the search ends at the widest width; ``Best.bound`` says where it did.
     """
     relaxation = Relaxation(costs, deadline=deadline)
     outrun = slack(relaxation)
     result = Best(len(values), costs.num_blocks)
     for first in range(0, len(values), CLIENTS_AT_ONCE):
         part = slice(first, first + CLIENTS_AT_ONCE)
-        batch = _Batch(relaxation, outrun, values[part], limits.of(part))
+        batch = _Batch(relaxation, outrun, values[part], limits.of(part), give_up)
         batch.solve()
         result.take(part, batch.best)
     return result
@@ -47,8 +53,8 @@ def solve(costs: Costs, values: Floats, limits: Limits, *, deadline: bool) -> Be
 class _Batch:
     """Some clients and the best plans found for them so far."""
 
-    def __init__(self, relaxation: Relaxation, outrun: Ints, values: Floats, limits: Limits) -> None:
-        self.relaxation, self.outrun = relaxation, outrun
+    def __init__(self, relaxation: Relaxation, outrun: Ints, values: Floats, limits: Limits, give_up: bool) -> None:
+        self.relaxation, self.outrun, self.give_up = relaxation, outrun, give_up
         self.values, self.limits = values, limits
         self.best = Best(len(values), relaxation.costs.num_blocks)
 
@@ -93,7 +99,19 @@ class _Batch:
             width = FIRST_WIDTH
             while len(some):
                 keep = self._search(some, reduced, width) & self._open(some) & widen
+                keep &= ~self._given_up(some, keep, width)
                 some, reduced, width = some.where(keep), reduced[keep], width * WIDER
+
+    def _given_up(self, cases: Cases, cut: Bools, width: int) -> Bools:
+        """Cases that are not searched wider; notes their bounds. None of a client for which no plan is found yet."""
+        value = self.best.value[cases.client]
+        if not self.give_up or width < WIDEST_FOR_TIES:
+            return np.zeros(len(cases), dtype=np.bool_)
+        tie = cases.bound < value + (GRID - TOLERANCE)
+        result = cut & (value > -np.inf) & (tie | (width >= WIDEST))
+        missed = result & ~tie
+        np.maximum.at(self.best.bound, cases.client[missed], cases.bound[missed])
+        return np.asarray(result)
 
     def _open(self, cases: Cases) -> Bools:
         return self.best.may_better(cases.client, cases.bound, self.relaxation.least_peak[cases.case])
