@@ -1,6 +1,6 @@
 """The main job from Python: budgets in, one PEFT adapter out.
 
-    python examples/quickstart.py recipes/quickstart.toml my-adapter
+python examples/quickstart.py recipes/quickstart.toml my-adapter
 """
 
 import sys
