@@ -158,19 +158,22 @@ class Search:
         states, history = self._start(), list[_States]()
         for k in range(self.costs.num_blocks - 1, -1, -1):
             states = self._expand(states, k)
-            least = self._least_peak(states, k)
-            keep = least <= self.memory[states.case]
-            if self.relaxation.deadline:
-                keep &= states.registers[F] + self._rest(states, k, OPERATIONS) <= self.operations[states.case]
-            least = least + self.standing[states.case]
-            keep &= self.best.may_better(self.cases.client[states.case], self._tight(states), least)
+            states = states.where(self._may_better(states, k))
             ends = self.lowest[states.case] == k
-            self._finish(states.where(ends & keep), k, history)
-            states = states.where(~ends & keep)
-            states = self._prune(
-                states.where(self._tight(states) >= self.best.floor(self.cases.client[states.case])), k
-            )
+            if ends.any():
+                self._finish(states.where(ends), k, history)
+                states = states.where(~ends)
+            states = self._prune(states, k)
             history.append(states)
+
+    def _may_better(self, states: _States, k: int) -> Bools:
+        """Whether a continuation may fit and be better than the best plan."""
+        client, least = self.cases.client[states.case], self._least_peak(states, k)
+        keep = self.best.may_better(client, self._tight(states), least + self.standing[states.case])
+        keep &= least <= self.memory[states.case]
+        if self.relaxation.deadline:
+            keep &= states.registers[F] + self._rest(states, k, OPERATIONS) <= self.operations[states.case]
+        return keep
 
     def _start(self) -> _States:
         table, n = self.costs.table, len(self.cases)
