@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import sys
@@ -468,3 +469,13 @@ def test_curves_have_each_round_once_after_a_resume(tmp_path: Path) -> None:
     assert [event.step for event in curve] == [1, 2, 3, 4]
     assert [round(event.value, 4) for event in curve] == list(ACCURACY[1:5])
     assert [round(event.value, 4) for event in events.Scalars("training/loss")] == [1.0, 0.5, 0.3333, 0.25]
+
+
+def test_tensors_are_written_under_their_own_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer with a temporary file of a random name leaves it behind when it is killed in between."""
+    seen: list[list[str]] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(sorted(p.name for p in tmp_path.iterdir())), fsync(fd)))
+    monkeypatch.setattr("safetensors.torch.serialize_file", None)  # safetensors' own writer is not to be called
+    checkpoint.write_tensors(tmp_path / "a", {"x": torch.ones(2, 3)})
+    assert seen == [["a"]]

@@ -16,7 +16,8 @@ from typing import cast, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from fedpilot.errors import RecordError
 
@@ -168,11 +169,16 @@ def read_values(path: Path) -> dict[str, object]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Writes and flushes the tensors; returns the file's SHA-256."""
-    save_file(dict(tensors), path)
-    with path.open("rb+") as file:
+    """Writes and flushes the tensors; returns the file's SHA-256.
+
+    Not by safetensors' own writer, whose temporary file of a random name would outlive a kill.
+    """
+    data = to_bytes(dict(tensors))
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
-    return file_sha256(path)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
