@@ -23,8 +23,8 @@ PROMISING = 4
 FIRST_WIDTH = 2
 WIDER = 4
 
-WIDEST = 2**15
-"""Width at which a case is given up; blocks of equal costs need some hundreds, costs without pattern can need more."""
+WIDEST = 2**14
+"""Width at which a case is given up; blocks of equal costs need some thousands, costs without pattern can need more."""
 WIDEST_FOR_TIES = 2**9
 """Width at which the search for a plan of equal value and lower peak is given up."""
 
