@@ -15,7 +15,7 @@ from fedpilot.errors import ModelError
 from fedpilot.export import export_peft
 from fedpilot.model import ModelSettings, build_model
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Deployment
+from fedpilot.types import BaseDelta, Deployment
 from tests import tiny
 
 CASES: Mapping[str, tuple[str, list[int] | None]] = {
@@ -183,8 +183,10 @@ def test_the_model_card_names_base_ranks_and_run(tmp_path: Path) -> None:
 def test_what_an_adapter_cannot_hold_is_not_exported(tmp_path: Path) -> None:
     adapted = tiny.shared("llama")
     tensors = tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, [1]))
-    with pytest.raises(ModelError, match="got changes of 1 base weights"):
-        export_peft(adapted, Deployment(tensors, {"model.norm.weight": torch.zeros(24)}), tmp_path)
+    with pytest.raises(ModelError, match="got a base changed 1 times"):
+        export_peft(
+            adapted, Deployment(tensors, BaseDelta(1, steps=({"model.norm.weight": torch.zeros(24)},))), tmp_path
+        )
     with pytest.raises(ModelError, match="at least one adapted module"):
         export_peft(adapted, Deployment({}), tmp_path)
     with pytest.raises(ModelError, match="must be exactly those"):

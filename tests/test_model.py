@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig
 
-from fedpilot import lora, tensors
+from fedpilot import base_deltas, lora, tensors
 from fedpilot.errors import ModelError
 from fedpilot.memory import measure_peak
 from fedpilot.model import ModelSettings, build_model
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Deployment, Plan, Task
+from fedpilot.types import BaseDelta, Deployment, Plan, Task, Tensors
 from tests import tiny
 from tests.tiny import FAMILIES
 
@@ -131,7 +131,7 @@ def test_a_pair_acts_as_its_delta_on_the_base_weight(family: str) -> None:
     head = tensors.select(full, model.spec.head)
     model.deploy(Deployment(head))
     plain = tiny.logits(model, inputs)
-    model.deploy(Deployment(head, delta))
+    model.deploy(Deployment(head, base_deltas.extended(BaseDelta(), delta)))
     torch.testing.assert_close(tiny.logits(model, inputs), adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - plain).abs().max() > 0.01
 
@@ -158,7 +158,7 @@ def test_block_1_is_not_mistaken_for_blocks_10_and_11() -> None:
     model.load(alone)
     merged = {f"{prefix}.1.{name}.weight": lora.delta(alone.tensors, f"{prefix}.1.{name}", 1.5)}
     one = tiny.logits(model, inputs)
-    model.deploy(Deployment(tensors.select(alone.tensors, model.spec.head), merged))
+    model.deploy(Deployment(tensors.select(alone.tensors, model.spec.head), base_deltas.extended(BaseDelta(), merged)))
     torch.testing.assert_close(tiny.logits(model, inputs), one, rtol=1e-4, atol=1e-4)
     model.deploy(Deployment(model.spec.head))
 
@@ -316,7 +316,7 @@ def test_a_base_delta_leaves_no_trace_when_it_is_gone(family: str, dtype: str) -
     ]
     start = tiny.random_tensors(model, ranks)
     for change in changes:
-        model.load(Task(Plan(0, ranks, frozenset()), start, change))
+        model.load(Task(Plan(0, ranks, frozenset()), start, base_deltas.extended(BaseDelta(), change)))
         assert frozen_bits(model) != before
     name, change = next(iter(changes[1].items()))
     module = model.base.get_submodule(name.removesuffix(".weight"))
@@ -331,6 +331,29 @@ def test_a_base_delta_leaves_no_trace_when_it_is_gone(family: str, dtype: str) -
     assert torch.equal(tiny.logits(model, inputs), plain)
 
 
+def test_a_base_at_the_same_version_of_the_same_log_is_left_alone_and_another_log_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.build("bert")
+    module, shape = next(iter(model.spec.modules.items()))
+    one, two = (base_deltas.extended(BaseDelta(), {f"{module}.weight": torch.full(shape, x)}) for x in (0.5, 2.0))
+    further = base_deltas.extended(one, {f"{module}.weight": torch.full(shape, 0.25)})
+    weight = model.base.get_submodule(module).weight
+    pristine = weight.detach().clone()
+    summed: list[BaseDelta] = []
+    total = base_deltas.total
+
+    def counted(base: BaseDelta) -> Tensors:
+        summed.append(base)
+        return total(base)
+
+    monkeypatch.setattr(base_deltas, "total", counted)
+    for base, expected in ((one, 0.5), (one, 0.5), (further, 0.75), (two, 2.0), (BaseDelta(), 0.0), (one, 0.5)):
+        model.deploy(Deployment(model.spec.head, base))
+        assert torch.equal(weight, pristine + expected)
+    assert summed == [one, further, two, BaseDelta(), one]
+
+
 def test_a_base_delta_must_name_a_frozen_weight_and_fit_it() -> None:
     model = tiny.shared("bert")
     module = "bert.encoder.layer.1.intermediate.dense"
@@ -340,7 +363,7 @@ def test_a_base_delta_must_name_a_frozen_weight_and_fit_it() -> None:
         ({f"{module}.weight": torch.zeros(24, 40)}, r"must have shape \(40, 24\), got \(24, 40\)"),
     ):
         with pytest.raises(ModelError, match=message):
-            model.deploy(Deployment(model.spec.head, change))
+            model.deploy(Deployment(model.spec.head, base_deltas.extended(BaseDelta(), change)))
 
 
 # --- refused tasks ------------------------------------------------------------------------------------------------

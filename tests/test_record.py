@@ -23,7 +23,7 @@ from fedpilot.record import RunDirectory
 from fedpilot.rounds import RoundRecord
 from fedpilot.runs import train
 from fedpilot.stopping import EarlyStop, Goal
-from fedpilot.types import ClientProfile, Deployment, ModelSpec, Plan, Site, Task, Tensors, Upload
+from fedpilot.types import BaseDelta, ClientProfile, Deployment, ModelSpec, Plan, Site, Task, Tensors, Upload
 
 CLIENTS = (ClientProfile(1, 10, 1000), ClientProfile(2, 30, 1000))
 
@@ -94,7 +94,7 @@ class Counting:
         return Rich({"x": last})
 
     def deploy(self, state: Rich) -> Deployment:
-        return Deployment(state.adapter, {"base": torch.zeros(2, 1)})
+        return Deployment(state.adapter, BaseDelta(1, steps=({"base.weight": torch.zeros(2, 1)},)))
 
 
 class Plus:
@@ -358,7 +358,8 @@ def test_last_and_best_adapters_are_saved_with_their_round(tmp_path: Path) -> No
     assert (facts, last.tensors["x"].tolist()) == ({"round": 4, "metrics": {"accuracy": 0.7}}, [4.0, 4.0, 4.0])
     best, facts = directory.load_adapter("best")  # round 4 is as good and later: round 2 stays
     assert (facts["round"], best.tensors["x"].tolist()) == (2, [2.0, 2.0, 2.0])
-    assert best.base_delta["base"].shape == (2, 1)
+    assert best.base_delta.version == 1
+    assert best.base_delta.steps[0]["base.weight"].shape == (2, 1)
     assert len(list((directory.path / "adapters" / "last").iterdir())) == 2
 
 

@@ -14,10 +14,12 @@ from fedpilot.exchange import UploadRecord
 from fedpilot.rounds import RoundRecord, generator, run_rounds, sample
 from fedpilot.stopping import EarlyStop, Goal
 from fedpilot.types import (
+    BaseDelta,
     ClientProfile,
     Deployment,
     Engine,
     Failure,
+    Fresh,
     LeftOut,
     ModelSpec,
     Plan,
@@ -140,10 +142,22 @@ def test_a_change_of_the_base_is_charged_to_the_download() -> None:
     @dataclass(frozen=True)
     class Merging(Adding):
         def distribute(self, state: Tensors, plan: Plan) -> Task:
-            return Task(plan, state, {"block.1.linear.weight": torch.zeros(5, 3)})
+            steps = ({"m.weight": torch.zeros(5, 3)}, {"m.weight": torch.ones(5, 3)})
+            held = {1: 0, 2: 1}[plan.client_id]  # the second client has the first step already
+            return Task(plan, state, BaseDelta(2, steps=steps, since=held))
 
     _, record = one_round(Answers(), Merging())
-    assert record.bytes_down == 2 * (BYTES + 4 * 15)
+    assert record.bytes_down == 2 * BYTES + 3 * 4 * 15
+
+
+def test_what_a_client_draws_itself_is_not_charged() -> None:
+    @dataclass(frozen=True)
+    class Drawing(Adding):
+        def distribute(self, state: Tensors, plan: Plan) -> Task:
+            return Task(plan, state, fresh=Fresh(seed=0, rank=2, names=frozenset({A})))
+
+    _, record = one_round(Answers(), Drawing())
+    assert record.bytes_down == 2 * (BYTES - 4 * START[A].numel())
 
 
 def test_blocks_whose_modules_differ_in_rank_are_recorded_by_module() -> None:

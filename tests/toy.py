@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedpilot import lora
+from fedpilot import base_deltas, lora
 from fedpilot.errors import TrainingError
 from fedpilot.memory import StepProgram
-from fedpilot.types import ClientProfile, ModelSpec, Penalty, Plan, Site, Task, Tensors
+from fedpilot.types import BaseDelta, ClientProfile, ModelSpec, Penalty, Plan, Site, StepKind, Task, Tensors
 
 WIDTH = 6
 HIDDEN = (5, 7, 4)
@@ -114,9 +114,12 @@ def program(plan: Plan, micro_batch: int, batch: int = 8) -> StepProgram:
 class ToyModel:
     """`types.Model` over `Net` with its own examples: plain gradient descent on the whole data set."""
 
-    def __init__(self, examples: int, seed: int, *, steps: int = 3, lr: float = 0.5) -> None:
+    def __init__(
+        self, examples: int, seed: int, *, steps: int = 3, lr: float = 0.5, hidden: Sequence[int] = HIDDEN
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.net = Net()
+        self.hidden = hidden
+        self.net = Net(hidden)
         self.x = torch.randn(examples, WIDTH, generator=generator)
         self.y = torch.randint(0, NUM_LABELS, (examples,), generator=generator)
         self.steps, self.lr = steps, lr
@@ -126,13 +129,28 @@ class ToyModel:
             owner = self.net.get_submodule(name.rpartition(".")[0])
             parameter = nn.Parameter(tensor.clone(), requires_grad=name in task.plan.trainable)
             setattr(owner, name.rpartition(".")[2], parameter)
+        self.change_base(task.base_delta)
+
+    def change_base(self, base: BaseDelta) -> None:
+        """Adds a base delta to the pristine frozen weights."""
+        pristine = Net(self.hidden)
+        for name, change in base_deltas.total(base).items():
+            self.net.get_parameter(name).data = pristine.get_parameter(name).data + change
 
     def live(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.net.named_parameters() if "lora_" in name or name.startswith("head.")}
 
-    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
+    def fit(
+        self,
+        trainable: frozenset[str],
+        *,
+        penalty: Penalty | None = None,
+        max_steps: int | None = None,
+        kind: StepKind | None = None,
+    ) -> Mapping[str, float]:
         total = 0.0
-        for _ in range(self.steps):
+        steps = self.steps if max_steps is None else min(self.steps, max_steps)
+        for _ in range(steps):
             loss = nn.functional.cross_entropy(self.net(self.x), self.y)
             total += float(loss.detach())
             if not torch.isfinite(loss):
@@ -146,7 +164,7 @@ class ToyModel:
                     if name in trainable:
                         assert parameter.grad is not None
                         parameter -= self.lr * parameter.grad
-        return {"loss": total / self.steps, "steps": float(self.steps)}
+        return {"loss": total / steps, "steps": float(steps)}
 
     def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
         live = self.live()

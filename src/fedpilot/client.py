@@ -12,8 +12,8 @@ from fedpilot.errors import ModelError, TrainingError
 from fedpilot.memory import LiveStorages
 from fedpilot.model import AdaptedModel
 from fedpilot.tensors import is_finite
-from fedpilot.training import Batch, Examples, TrainingSettings
-from fedpilot.types import Penalty, Plan, Task, Tensors
+from fedpilot.training import Batch, Examples, Step, TrainingSettings
+from fedpilot.types import Penalty, Plan, StepKind, Task, Tensors
 
 
 class ClientModel:
@@ -54,7 +54,14 @@ class ClientModel:
         self._adapted.load(task)
         self._plan = task.plan
 
-    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
+    def fit(
+        self,
+        trainable: frozenset[str],
+        *,
+        penalty: Penalty | None = None,
+        max_steps: int | None = None,
+        kind: StepKind | None = None,
+    ) -> Mapping[str, float]:
         """Trains the named tensors on the client's data.
 
         Returns:
@@ -71,20 +78,20 @@ class ClientModel:
         parameters = {name: tensor for name, tensor in adapted.parameters_by_name().items() if name in trainable}
         if not parameters:
             raise ModelError(f"a fit must train at least one tensor, got none for client {plan.client_id}")
-        optimiser = training.make_optimiser(parameters.values(), settings, self._learning_rate)
-        longest = self._longest_step() if self._measure_peak else None
+        train = training.make_step(adapted.loss, parameters, settings, self._learning_rate, penalty=penalty, kind=kind)
+        longest = self._longest_step(max_steps) if self._measure_peak else None
         started = time.perf_counter()
         losses: list[float] = []
         metrics: dict[str, float] = {"examples": 0.0}
         with self._seeded():
             adapted.base.train()
-            for step, batch in enumerate(self._batches(), start=1):
+            for step, batch in enumerate(self._batches(max_steps), start=1):
                 batch = training.on_device(batch, adapted.device)
                 pieces = training.micro_batches(batch, plan.micro_batch)
 
-                counter = self._counter(optimiser, batch) if step == longest else None
+                counter = self._counter(train, batch) if step == longest else None
                 with counter.counting() if counter else nullcontext():
-                    loss = training.train_step(adapted.loss, pieces, optimiser, parameters, settings, penalty)
+                    loss = train(pieces)
                 if counter:
                     metrics["peak_bytes"] = float(counter.peak)
                 losses.append(training.checked(loss, step))
@@ -131,10 +138,10 @@ class ClientModel:
             raise ModelError("a client's task must be loaded before it is worked on, got none or another client's")
         return self._plan
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches of all local epochs, up to the cap on steps."""
+    def _batches(self, max_steps: int | None) -> Iterator[Batch]:
+        """The batches of all local epochs, up to the caps on steps."""
         generator = torch.Generator().manual_seed(self._order_seed)
-        left = self._settings.max_steps
+        left = min((cap for cap in (self._settings.max_steps, max_steps) if cap is not None), default=None)
         for _ in range(self._settings.local_epochs):
             if left == 0:
                 return
@@ -142,17 +149,16 @@ class ClientModel:
                 left = None if left is None else left - 1
                 yield batch
 
-    def _longest_step(self) -> int | None:
+    def _longest_step(self, max_steps: int | None) -> int | None:
         """Number, from 1, of the largest batch; not the first if there are more, which has no optimiser state yet."""
-        sizes = [sum(tensor.numel() for tensor in batch.values()) for batch in self._batches()]
+        sizes = [sum(tensor.numel() for tensor in batch.values()) for batch in self._batches(max_steps)]
         later = range(2, len(sizes) + 1) if len(sizes) > 1 else range(1, len(sizes) + 1)
         return max(later, key=lambda step: sizes[step - 1], default=None)
 
-    def _counter(self, optimiser: torch.optim.Optimizer, batch: Batch) -> LiveStorages:
+    def _counter(self, train: Step, batch: Batch) -> LiveStorages:
         """A counter that knows what is alive before a step."""
-        state = [value for values in optimiser.state.values() for value in values.values() if torch.is_tensor(value)]
         counter = LiveStorages()
-        counter.hold([*self._adapted.resident(), *state, *batch.values()])
+        counter.hold([*self._adapted.resident(), *train.state(), *batch.values()])
         return counter
 
     @contextmanager

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from fedpilot import lora, tensors
+from fedpilot import base_deltas, lora, tensors
 from fedpilot.errors import PlanError, UploadError
 from fedpilot.types import Engine, Failure, Plan, Task, Upload
 
@@ -54,6 +54,13 @@ class Clock:
             elapsed = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner
             self._inner = beside + elapsed
+
+
+def download_bytes(task: Task) -> int:
+    """Bytes that travel down: all tensors but those that the client draws itself, and the base's steps it lacks."""
+    drawn = frozenset[str]() if task.fresh is None else task.fresh.names
+    sent = {name: tensor for name, tensor in task.tensors.items() if name not in drawn}
+    return tensors.num_bytes(sent) + base_deltas.num_bytes(task.base_delta)
 
 
 def check_task(task: Task) -> None:
@@ -187,7 +194,7 @@ class RoundResults(Iterator[Upload]):
         with self._clock.phase("distribute"):
             task = self._distribute(plan)
             check_task(task)
-        self.bytes_down += tensors.num_bytes(task.tensors) + tensors.num_bytes(task.base_delta)
+        self.bytes_down += download_bytes(task)
         trained = {name: task.tensors[name] for name in sorted(plan.trainable)}
         self._awaited[plan.client_id] = {name: (tuple(t.shape), t.dtype) for name, t in trained.items()}
         return task

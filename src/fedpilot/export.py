@@ -43,9 +43,9 @@ def export_peft(
     check_tensors(adapted.spec, ranks, deployment.tensors)
     if not ranks:
         raise ModelError("an exported adapter must have at least one adapted module, got none")
-    if deployment.base_delta:
+    if deployment.base_delta.version:
         raise ModelError(
-            f"an adapter must leave the base as it is, got changes of {len(deployment.base_delta)} base weights; "
+            f"an adapter must leave the base as it is, got a base changed {deployment.base_delta.version} times; "
             "export from an algorithm that keeps everything in the adapter"
         )
     base_model = base_model or adapted.settings.source

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from fedpilot.types import ModelSpec, Tensors
+from fedpilot.types import Fresh, ModelSpec, Tensors
 
 
 def a_name(module: str) -> str:
@@ -51,6 +51,13 @@ def init(spec: ModelSpec, ranks: Mapping[str, int], rng: np.random.Generator) ->
         adapter[a_name(module)] = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
         adapter[b_name(module)] = torch.zeros(out_features, rank)
     return adapter | {name: tensor.clone() for name, tensor in spec.head.items()}
+
+
+def fresh(spec: ModelSpec, drawn: Fresh, ranks: Mapping[str, int]) -> Tensors:
+    """The tensors that a client draws itself: those of `init` at the drawn rank, cut to its own ranks."""
+    whole = init(spec, dict.fromkeys(spec.modules, drawn.rank), np.random.default_rng(drawn.seed))
+    cut = truncate(whole, ranks)
+    return {name: cut[name] for name in cut if name in drawn.names}
 
 
 def modules_of(tensors: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedpilot.errors import TrainingError
-from fedpilot.types import Penalty
+from fedpilot.types import Penalty, StepKind
 
 Batch: TypeAlias = Mapping[str, torch.Tensor]
 """The model's inputs by name, first axis the examples, and ``labels``: (examples,), or (examples, length) of a text."""
@@ -212,6 +212,49 @@ def train_step(
         nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm, foreach=False)
     optimiser.step()
     return loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """A client's optimiser step with all that stays the same from batch to batch.
+
+    Attributes:
+        forward_loss: Mean loss over a micro-batch's targets, a scalar.
+        parameters: What is trained, by global name.
+        settings: Clipping and autocast.
+        optimiser: Over ``parameters``.
+        penalty: Added to the loss once a step.
+    """
+
+    forward_loss: Callable[[Batch], torch.Tensor]
+    parameters: Mapping[str, nn.Parameter]
+    settings: TrainingSettings
+    optimiser: torch.optim.Optimizer
+    penalty: Penalty | None = None
+
+    def __call__(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Trains on a batch in pieces; its mean loss, detached."""
+        return train_step(
+            self.forward_loss, micro_batches, self.optimiser, self.parameters, self.settings, self.penalty
+        )
+
+    def state(self) -> list[torch.Tensor]:
+        """Tensors that the step keeps from one batch to the next, beside the parameters."""
+        return [value for of in self.optimiser.state.values() for value in of.values() if torch.is_tensor(value)]
+
+
+def make_step(
+    forward_loss: Callable[[Batch], torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    learning_rate: float,
+    *,
+    penalty: Penalty | None = None,
+    kind: StepKind | None = None,
+) -> Step:
+    """The step of a kind, with a fresh optimiser; clients train with it and the memory profile traces it."""
+    optimiser = make_optimiser(parameters.values(), settings, learning_rate)
+    return Step(forward_loss, parameters, settings, optimiser, penalty)
 
 
 def checked(loss: torch.Tensor, step: int) -> float:

@@ -106,12 +106,59 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class BaseDelta:
+    """How the frozen weights have changed since the run began, as a log with a snapshot; see `base_deltas`.
+
+    Version 0 is the pristine base; each step makes the next version. A step holds ``<module>.weight`` (out, in), or a
+    pair ``<module>.base_A`` (rank, in) and ``<module>.base_B`` (out, rank) whose product is the change. The sum of all
+    steps, in float32 and in their order, is added to the pristine weights: so whoever has the same version has the same
+    bits, by whatever way it came there.
+
+    Attributes:
+        version: After the last step.
+        snapshot: Sum of the first ``snapshot_version`` steps, dense.
+        snapshot_version: Steps in the snapshot.
+        steps: The steps after the snapshot, oldest first; ``version - snapshot_version`` of them.
+        since: In a task, the version that the client is known to have: only what is newer travels.
+    """
+
+    version: int = 0
+    snapshot: Tensors = field(default_factory=dict)
+    snapshot_version: int = 0
+    steps: tuple[Tensors, ...] = ()
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Tensors that a client draws itself, so that they do not travel: those of ``lora.fresh``.
+
+    Attributes:
+        seed: Of the draw.
+        rank: Rank at which all modules are drawn; the plan's ranks take the first rows.
+        names: The drawn tensors.
+    """
+
+    seed: int
+    rank: int
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Task:
-    """What goes down to a client: its plan, the tensors it starts from, changes of frozen weights to apply first."""
+    """What goes down to a client.
+
+    Attributes:
+        plan: What it is to train.
+        tensors: All tensors that it starts from, drawn ones included.
+        base_delta: Changes of frozen weights that it applies first.
+        fresh: Which of the tensors it draws itself; ``None`` where all of them travel.
+    """
 
     plan: Plan
     tensors: Tensors
-    base_delta: Tensors = field(default_factory=dict)
+    base_delta: BaseDelta = field(default_factory=BaseDelta)
+    fresh: Fresh | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +184,51 @@ class Deployment:
     """What is evaluated, saved and exported."""
 
     tensors: Tensors
-    base_delta: Tensors = field(default_factory=dict)
+    base_delta: BaseDelta = field(default_factory=BaseDelta)
+
+
+@dataclass(frozen=True)
+class ExampleDP:
+    """Example-level differential privacy of a local update: DP-SGD.
+
+    Attributes:
+        clip: C, norm that each example's gradient over all trained tensors together is clipped to.
+        noise_multiplier: σ; noise of standard deviation σ C is added to the sum of a batch.
+    """
+
+    clip: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """GaLore: whole weights are trained, with optimiser states of projected gradients.
+
+    Attributes:
+        rank: Of the projection; at most the smaller side of every trained weight.
+        gap: Steps between two projectors.
+        scale: Factor on the projected-back step.
+    """
+
+    rank: int
+    gap: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What an optimiser step of a method is like where it is not plain LoRA's; the memory profile traces this kind.
+
+    Attributes:
+        patterns: What a trained block may train, as `memory.trace` names it: ``AB``, ``A``, ``B``, or ``W`` for whole
+            weights.
+        private: Clipping by example, which keeps a gradient for each.
+        projection: For whole weights.
+    """
+
+    patterns: tuple[str, ...] = ("AB",)
+    private: ExampleDP | None = None
+    projection: Projection | None = None
 
 
 class Model(Protocol):
@@ -146,8 +237,21 @@ class Model(Protocol):
     def load(self, task: Task) -> None:
         """Takes the task's tensors and marks what its plan trains and recomputes."""
 
-    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
+    def fit(
+        self,
+        trainable: frozenset[str],
+        *,
+        penalty: Penalty | None = None,
+        max_steps: int | None = None,
+        kind: StepKind | None = None,
+    ) -> Mapping[str, float]:
         """Trains the named tensors on the client's data; returns at least ``loss`` and ``steps``.
+
+        Args:
+            trainable: Names.
+            penalty: Added to each step's loss.
+            max_steps: Most optimiser steps, where the method has a say in it.
+            kind: How a step is made, where it is not plain LoRA's.
 
         Raises:
             TrainingError: The loss is not finite.
@@ -197,6 +301,14 @@ class Algorithm(Protocol[State]):
 
     def deploy(self, state: State) -> Deployment:
         """What the state is worth to a user."""
+
+
+class HasStepKind(Protocol):
+    """An algorithm whose optimiser steps are not plain LoRA's."""
+
+    @property
+    def step_kind(self) -> StepKind:
+        """What the memory profile must have traced for it."""
 
 
 class RefinesOnServer(Protocol[State]):

@@ -8,7 +8,7 @@ from fedpilot.client import ClientModel
 from fedpilot.config.population import Population
 from fedpilot.config.recipe import Recipe
 from fedpilot.model import AdaptedModel
-from fedpilot.types import Penalty, Plan, Site, Task, Tensors
+from fedpilot.types import Penalty, Plan, Site, StepKind, Task, Tensors
 
 ORDER, SUBSET = 1, 2  # what a seed is for
 
@@ -60,9 +60,16 @@ class _Measured:
         self._seen.add(key)
         self._model.load(task)
 
-    def fit(self, trainable: frozenset[str], *, penalty: Penalty | None = None) -> Mapping[str, float]:
+    def fit(
+        self,
+        trainable: frozenset[str],
+        *,
+        penalty: Penalty | None = None,
+        max_steps: int | None = None,
+        kind: StepKind | None = None,
+    ) -> Mapping[str, float]:
         """As `ClientModel.fit`."""
-        return self._loaded().fit(trainable, penalty=penalty)
+        return self._loaded().fit(trainable, penalty=penalty, max_steps=max_steps, kind=kind)
 
     def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
         """As `ClientModel.gradients`."""

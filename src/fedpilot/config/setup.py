@@ -23,7 +23,7 @@ from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel, ModelSettings, build_model
 from fedpilot.stopping import EarlyStop, Goal
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Algorithm, Deployment, ModelSpec
+from fedpilot.types import Algorithm, Deployment, ModelSpec, StepKind
 
 CALIBRATION_STEPS = 3
 
@@ -60,20 +60,26 @@ def device_of(recipe: Recipe) -> Literal["cpu", "cuda"]:
 
 
 def profile_of(
-    sketch: AdaptedModel, training: TrainingSettings, *, checkpointing: bool, micro_batches: tuple[int, ...] = ()
+    sketch: AdaptedModel,
+    training: TrainingSettings,
+    *,
+    checkpointing: bool,
+    micro_batches: tuple[int, ...] = (),
+    kind: StepKind | None = None,
 ) -> MemoryProfile:
-    """Memory and operations of a training step, traced on a model without storage."""
+    """Memory and operations of a training step of a kind, traced on a model without storage."""
     return memory.trace(
-        _programs(sketch, training),
+        _programs(sketch, training, kind),
         sketch.spec,
         batch=training.batch_size,
         micro_batches=micro_batches,
+        patterns=(kind or StepKind()).patterns,
         checkpointing=checkpointing,
     )
 
 
-def _programs(adapted: AdaptedModel, training: TrainingSettings) -> memory.ProgramFor:
-    return lambda plan, micro_batch: adapted.program(plan, training, micro_batch)
+def _programs(adapted: AdaptedModel, training: TrainingSettings, kind: StepKind | None = None) -> memory.ProgramFor:
+    return lambda plan, micro_batch: adapted.program(plan, training, micro_batch, kind)
 
 
 def recomputes(settings: AlgorithmSettings | None) -> bool:

@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedpilot import lora, training
+from fedpilot import base_deltas, lora, training
 from fedpilot.errors import ModelError
 from fedpilot.memory import StepProgram
 from fedpilot.model.loading import Base, Device, ModelSettings, find_blocks, find_targets, load_base, some
 from fedpilot.training import IGNORED, Batch, TrainingSettings
-from fedpilot.types import Deployment, ModelSpec, Plan, Task, Tensors
+from fedpilot.types import BaseDelta, Deployment, ModelSpec, Plan, StepKind, Task, Tensors
 
 # Where PEFT's own mapping has nothing, or the names of older versions of transformers.
 _TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -73,6 +73,7 @@ class AdaptedModel:
         self._inputs = _extra_inputs(self.base, settings)
         self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
         self._pristine: dict[str, torch.Tensor] = {}
+        self._base: BaseDelta | None = None
         self._tuner: LoraModel | None = None
         self._ranks: dict[str, int] = {}
         self._live: dict[str, nn.Parameter] = {name: self._parameters[name] for name in base.head}
@@ -164,7 +165,13 @@ class AdaptedModel:
         """Mean cross-entropy over the batch's targets (`training.num_targets`), a scalar with its graph."""
         return cross_entropy(self.logits(batch), batch["labels"]) / training.num_targets(batch).clamp(min=1)
 
-    def program(self, plan: Plan, settings: TrainingSettings, micro_batch: int | None = None) -> StepProgram:
+    def program(
+        self,
+        plan: Plan,
+        settings: TrainingSettings,
+        micro_batch: int | None = None,
+        kind: StepKind | None = None,
+    ) -> StepProgram:
         """One optimiser step of the plan on made-up inputs of full length, for tracing and measuring.
 
         It overwrites the loaded adapters and, on a real device, trains them: `load` before the model is used again.
@@ -173,6 +180,7 @@ class AdaptedModel:
             plan: Its ``micro_batch`` counts where the argument is ``None``.
             settings: Batch size, optimiser, clipping and autocast.
             micro_batch: Examples of a forward pass.
+            kind: Of the step, where it is not plain LoRA's.
         """
         shapes = lora.shapes(self.spec, plan.ranks)
         if self.has_storage:
@@ -185,10 +193,10 @@ class AdaptedModel:
             batch = self.made_up_batch(settings.batch_size)
             pieces = training.micro_batches(batch, micro_batch or plan.micro_batch)
             trained = {name: parameter for name, parameter in self._live.items() if name in plan.trainable}
-            optimiser = training.make_optimiser(trained.values(), settings, settings.learning_rate)
+            train = training.make_step(self.loss, trained, settings, settings.learning_rate, kind=kind)
 
         def step() -> None:
-            training.train_step(self.loss, pieces, optimiser, trained, settings)
+            train(pieces)
 
         inputs = tuple(batch.values())
         return StepProgram(
@@ -252,7 +260,7 @@ class AdaptedModel:
         return {"input_ids": words, "attention_mask": mask, "labels": labels}
 
     def _install(
-        self, ranks: Mapping[str, int], tensors: Tensors, base_delta: Tensors, blocks: Sequence[int] | None
+        self, ranks: Mapping[str, int], tensors: Tensors, base_delta: BaseDelta, blocks: Sequence[int] | None
     ) -> None:
         check_tensors(self.spec, ranks, tensors)
         if blocks is not None:
@@ -314,10 +322,17 @@ class AdaptedModel:
         setattr(self._block_owner, self._block_attribute, self._block_list if whole else nn.ModuleList(chosen))
 
     @torch.no_grad()
-    def _change_base(self, delta: Tensors) -> None:
-        """Adds a dense change to frozen weights, from their first bits; whatever was added before is gone."""
+    def _change_base(self, base: BaseDelta) -> None:
+        """Adds a change to frozen weights, from their first bits; whatever was added before is gone.
+
+        The change that stands is recognised by the log's own objects: a run's clients share them within a round.
+        """
+        if self._base is not None and _same_log(self._base, base):
+            return
+        delta = base_deltas.total(base)
         for name in delta:
             self._check_change(name, delta[name])
+        self._base = base
         for name, pristine in self._pristine.items():
             self._parameters[name].copy_(pristine)
         self._pristine = {name: self._parameters[name].detach().clone() for name in delta}
@@ -346,6 +361,16 @@ class AdaptedModel:
             if isinstance(block, GradientCheckpointingLayer):
                 block.gradient_checkpointing = wanted
                 block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def _same_log(a: BaseDelta, b: BaseDelta) -> bool:
+    """Whether two logs are made of the same tensors, not merely equal ones."""
+    return (
+        a.snapshot_version == b.snapshot_version
+        and len(a.steps) == len(b.steps)
+        and (a.snapshot is b.snapshot or not (a.snapshot or b.snapshot))
+        and all(one is other for one, other in zip(a.steps, b.steps, strict=True))
+    )
 
 
 def ranks_of(tensors: Tensors) -> dict[str, int]:
