@@ -394,6 +394,101 @@ def test_a_random_subset_fits_and_comes_from_its_generator() -> None:
     assert allocation.random_subset(table, 10**6, np.random.default_rng(0)) is None
 
 
+def test_a_weighted_subset_fits_and_comes_from_its_generator() -> None:
+    table = transformer_table(8, (4, 16), checkpointing=False)
+    budget = allocation.peak(table, [None] * 3 + [Choice(16), PASSED, PASSED, PASSED, Choice(4)])
+    weights = np.arange(1.0, 9.0)
+    seen = set()
+    for seed in range(20):
+        found = allocation.weighted_subset(table, budget, weights, np.random.default_rng(seed))
+        assert found == allocation.weighted_subset(table, budget, 7 * weights, np.random.default_rng(seed))
+        assert found is not None
+        assert found.peak_bytes == allocation.peak(table, found.choices) <= budget
+        seen.add(found.trained_blocks)
+    assert len(seen) > 1
+    assert allocation.weighted_subset(table, 10**6, weights, np.random.default_rng(0)) is None
+    everything = allocation.weighted_subset(table, 10**9, weights, np.random.default_rng(0))
+    assert everything is not None
+    assert everything.choices == (Choice(16),) * 8
+
+
+def test_blocks_are_drawn_in_proportion_to_their_weights_and_then_among_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights 3 : 2 : 1: first 3/6, 2/6, 1/6; after block 0 the others come 2 : 1."""
+    orders: list[list[int]] = []
+    monkeypatch.setattr(allocation.strategies, "in_order", lambda table, budget, order, **_: orders.append(order))
+    rng, draws = np.random.default_rng(11), 4000
+    for _ in range(draws):
+        allocation.weighted_subset(hand_table(), 10**9, [3.0, 2.0, 1.0], rng)
+    firsts = [sum(order[0] == block for order in orders) / draws for block in range(3)]
+    assert firsts == pytest.approx([3 / 6, 2 / 6, 1 / 6], abs=3 * (0.25 / draws) ** 0.5)
+    after = [order[1] for order in orders if order[0] == 0]
+    assert after.count(1) / len(after) == pytest.approx(2 / 3, abs=3 * (0.25 / len(after)) ** 0.5)
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+
+
+def test_blocks_in_a_given_order_are_kept_as_long_as_they_fit() -> None:
+    """By hand: block 1 takes 9 bytes alone and 10 with block 2 trained above it; block 0 takes 13 alone."""
+    table = hand_table()
+    for order, budget, trained in (([1, 0, 2], 110, (1, 2)), ([2, 1, 0], 105, (2,)), ([0, 1, 2], 10**6, (0, 1, 2))):
+        found = allocation.in_order(table, budget, order)
+        assert found is not None
+        assert found.trained_blocks == trained
+        assert found.peak_bytes == allocation.peak(table, found.choices) <= budget
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 0.0, 2.0], [1.0, -1.0, 2.0], [1.0, np.inf, 2.0], [np.nan] * 3])
+def test_weights_that_make_no_sense_are_refused(weights: list[float]) -> None:
+    with pytest.raises(PlanError, match="weights must be 3 positive finite numbers"):
+        allocation.weighted_subset(hand_table(), 10**9, weights, np.random.default_rng(0))
+
+
+def test_three_means_have_the_least_spread_of_all_partitions() -> None:
+    def spread(scores: Floats, labels: npt.ArrayLike) -> float:
+        groups = [scores[np.asarray(labels) == label] for label in set(np.asarray(labels).tolist())]
+        return sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+
+    rng = np.random.default_rng(2)
+    for case in range(40):
+        scores = rng.integers(0, 6, 7).astype(float) if case % 2 else rng.lognormal(0, 2, 7)
+        labels = allocation.three_means(scores.tolist())
+        least = min(spread(scores, partition) for partition in itertools.product(range(3), repeat=7))
+        assert spread(scores, labels) == pytest.approx(least, abs=1e-12)
+        assert len({(score, label) for score, label in zip(scores, labels, strict=True)}) == len(set(scores))
+        in_order = [label for _, label in sorted(zip(scores, labels, strict=True))]
+        assert in_order == sorted(in_order)
+        assert set(labels) == set(range(min(3, len(set(scores)))))
+
+
+def test_clusters_get_one_two_and_three_parts_by_their_score_not_their_number() -> None:
+    assert allocation.cluster_weights([9.0, 0.1, 4.0, 0.2]) == pytest.approx([3 / 7, 1 / 7, 2 / 7, 1 / 7])
+    assert allocation.cluster_weights([1.0, 2.0]) == pytest.approx([1 / 3, 2 / 3])
+    assert allocation.cluster_weights([5.0] * 4) == [1 / 4] * 4
+
+
+@pytest.mark.parametrize("num_blocks", [3, 5, 6, 12, 32])
+def test_shapes_sum_to_one_and_are_wide_where_they_say(num_blocks: int) -> None:
+    shapes: dict[str, list[float]] = {
+        name: allocation.shape_weights(name, num_blocks)  # type: ignore[arg-type]
+        for name in ("triangle", "inverted-triangle", "bottleneck", "uniform")
+    }
+    assert all(sum(weights) == pytest.approx(1.0) for weights in shapes.values())
+    assert shapes["triangle"] == sorted(shapes["triangle"], reverse=True) == shapes["inverted-triangle"][::-1]
+    assert shapes["triangle"][0] == pytest.approx(3 * shapes["triangle"][-1])
+    bone = shapes["bottleneck"]
+    assert bone[0] == bone[-1] == pytest.approx(3 * min(bone))
+    assert min(bone) == bone[num_blocks // 2]
+    assert shapes["uniform"] == [1 / num_blocks] * num_blocks
+    with pytest.raises(PlanError, match=r"shape must be one of triangle, .*, got 'bone'"):
+        allocation.shape_weights("bone", num_blocks)  # type: ignore[arg-type]
+
+
+def test_the_bottleneck_of_twelve_blocks_is_the_published_one() -> None:
+    published = [1 / 9] * 3 + [2 / 27] * 2 + [1 / 27] * 3 + [2 / 27] + [1 / 9] * 3
+    assert allocation.shape_weights("bottleneck", 12) == pytest.approx(published)
+
+
 def test_everything_is_trained_or_nothing() -> None:
     table = transformer_table(4, (4, 16), checkpointing=True)
     plain, checkpointed = [Choice(16)] * 4, [Choice(16, checkpointed=True)] * 4

@@ -219,6 +219,30 @@ def test_gradients_are_the_mean_over_the_subset_with_dropout_off(family: str) ->
             torch.testing.assert_close(measured[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_squared_gradients_are_the_mean_of_each_examples_own_squares(family: str) -> None:
+    adapted = tiny.build(family, dropout=0.3)
+    scored = frozenset(lora.names(lora.blocks_modules(adapted.spec, [0, 2])))
+    task = tiny.task(adapted, tiny.mixed_ranks(adapted), lora.names(lora.blocks_modules(adapted.spec, [2])))
+    model = client(family, adapted)
+    model.load(task)
+    measured = model.gradients(scored, num_examples=10, squared=True)
+    squared_mean = {name: g.square() for name, g in model.gradients(scored, num_examples=10).items()}
+    assert {n for n, p in adapted.parameters_by_name().items() if p.requires_grad} == task.plan.trainable
+    adapted.set_trainable(scored)
+    adapted.base.eval()
+    expected = {name: torch.zeros_like(tensor) for name, tensor in measured.items()}
+    for example in tiny.examples(family).batches(1):
+        adapted.base.zero_grad()
+        adapted.loss(example).backward()
+        for name in scored:
+            expected[name] += adapted.parameters_by_name()[name].grad.square() / 10
+    assert measured.keys() == scored
+    for name in scored:
+        torch.testing.assert_close(measured[name], expected[name], rtol=1e-3, atol=1e-7)
+        assert measured[name].sum() > squared_mean[name].sum()
+
+
 def test_gradients_are_measured_on_the_same_examples_each_round() -> None:
     adapted = tiny.shared("vit")
     task = tiny.task(adapted, tiny.mixed_ranks(adapted))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedpilot.errors import DataError
-from fedpilot.evaluation import evaluate
+from fedpilot.evaluation import combined, evaluate, measure
 from fedpilot.types import Deployment
 from tests import tiny
 
@@ -74,3 +74,15 @@ def test_an_evaluation_must_have_examples_and_a_group_for_each() -> None:
         evaluate(tiny.shared("vit"), deployment("vit"), tiny.Rows(()))
     with pytest.raises(DataError, match="each of the 10 examples, got 1 names"):
         evaluate(tiny.shared("vit"), deployment("vit"), tiny.examples("vit"), groups=["a"])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_batches_that_are_dealt_out_sum_to_the_same_bits(family: str) -> None:
+    adapted, examples, chosen = tiny.shared(family), tiny.examples(family, 11), deployment(family)
+    for groups in (None, [f"group {index % 2}" for index in range(11)]):
+        whole = evaluate(adapted, chosen, examples, groups=groups, batch_size=2)
+        parts = [
+            measure(adapted, chosen, examples, groups=groups, batch_size=2, part=part, parts=3) for part in (2, 0, 1)
+        ]
+        assert sorted(len(part) for part in parts) == [2, 2, 2]
+        assert combined(adapted.task_type, [batch for part in parts for batch in part]) == whole

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedpilot import assets
+from fedpilot import assets, base_deltas, lora
 from fedpilot.client import ClientModel
 from fedpilot.errors import ModelError
-from fedpilot.export import export_peft
-from fedpilot.model import ModelSettings, build_model
+from fedpilot.export import export_peft, folded
+from fedpilot.model import AdaptedModel, ModelSettings, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import BaseDelta, Deployment
 from tests import tiny
@@ -26,8 +26,11 @@ CASES: Mapping[str, tuple[str, list[int] | None]] = {
     "llama-mixed": ("llama", None),
     "llama-some": ("llama", [2]),
     "gpt2-mixed": ("gpt2", None),
+    "bert-merged": ("bert", []),
+    "llama-merged": ("llama", [2]),
+    "gpt2-merged": ("gpt2", [0, 1, 2]),
 }
-"""Name -> family and the blocks that have adapters."""
+"""Name -> family and the blocks that have adapters; of the merged ones the base has changed too, in every block."""
 
 PLAIN_USER = """
 import json, sys, warnings
@@ -61,13 +64,26 @@ AUTO = {
 def export_case(case: str, root: Path) -> tuple[Path, torch.Tensor]:
     """Exports a case with its inputs beside it; returns the folder and fedpilot's own logits."""
     family, blocks = CASES[case]
-    adapted = tiny.shared(family)
-    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, blocks), seed=len(case)))
+    adapted = tiny.build(family) if case.endswith("merged") else tiny.shared(family)
+    base = merged(adapted) if case.endswith("merged") else BaseDelta()
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, blocks), seed=len(case)), base)
     folder = export_peft(adapted, deployment, root / case, facts={"rounds": 7})
     inputs = {name: tensor for name, tensor in tiny.batch(family).items() if name != "labels"}
     save_file(inputs, folder / "inputs.safetensors")
     adapted.deploy(deployment)
     return folder, tiny.logits(adapted, inputs)
+
+
+def merged(adapted: AdaptedModel, rounds: int = 4) -> BaseDelta:
+    """A log of changes of rank 3 in every adapted module, the first of which have become a snapshot."""
+    generator, base = torch.Generator().manual_seed(5), BaseDelta()
+    for _ in range(rounds):
+        step: dict[str, torch.Tensor] = {}
+        for module, (out_features, in_features) in adapted.spec.modules.items():
+            b, a = (torch.randn(shape, generator=generator) / 8 for shape in ((out_features, 3), (3, in_features)))
+            step |= base_deltas.pair(module, b, a)
+        base = base_deltas.extended(base, step)
+    return base
 
 
 def plain_logits(root: Path, exported: list[tuple[Path, str]]) -> dict[Path, torch.Tensor]:
@@ -180,13 +196,62 @@ def test_the_model_card_names_base_ranks_and_run(tmp_path: Path) -> None:
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in body
 
 
+def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path: Path) -> None:
+    adapted = tiny.build("bert", device="meta")
+    module = "bert.encoder.layer.10.intermediate.dense"
+    dense = BaseDelta(1, snapshot=base_deltas.total(merged(adapted, 1)), snapshot_version=1)  # rank 3 and rounding
+    for base, rank in ((merged(adapted, 1), 3), (dense, 3), (merged(adapted, 2), 6), (merged(adapted, 9), 24)):
+        tensors = tiny.random_tensors(adapted, {module: 2})
+        if rank == 24:  # a full rank stays one with a pair beside it
+            assert base.snapshot
+        pairs, left_out = folded(adapted.spec, Deployment(tensors, base))
+        assert left_out == 0
+        assert pairs.keys() == {*lora.names(adapted.spec.modules), *adapted.spec.head}
+        for name, (out_features, in_features) in adapted.spec.modules.items():
+            expected = min(rank + 2 * (name == module), in_features)
+            assert pairs[lora.a_name(name)].shape == (expected, in_features)
+            assert pairs[lora.b_name(name)].shape == (out_features, expected)
+            exact = base_deltas.total(base)[base_deltas.weight_name(name)]
+            if name == module:
+                exact = exact + lora.delta(tensors, name, adapted.spec.scale)
+            torch.testing.assert_close(lora.delta(pairs, name, adapted.spec.scale), exact, rtol=0, atol=1e-5)
+
+
+def test_a_cut_export_is_the_nearest_of_its_rank_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    adapted = tiny.build("llama", device="meta")
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)), merged(adapted, 2))
+    pairs, left_out = folded(adapted.spec, deployment, max_rank=2)
+    exact, _ = folded(adapted.spec, deployment)
+    lost = whole = 0.0
+    for module in adapted.spec.modules:
+        change = lora.delta(exact, module, adapted.spec.scale).double()
+        values = torch.linalg.svdvals(change)
+        tail = float(values[2:].square().sum())
+        distance = float((change - lora.delta(pairs, module, adapted.spec.scale)).norm())
+        assert pairs[lora.a_name(module)].shape[0] == 2
+        assert distance == pytest.approx(tail**0.5, rel=1e-4)
+        lost, whole = lost + tail, whole + float(values.square().sum())
+    assert 0.1 < left_out == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+    folder = export_peft(adapted, deployment, tmp_path / "cut", max_rank=2)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) == {2}
+    assert set(config["alpha_pattern"].values()) == {3}
+    card = (folder / "README.md").read_text()
+    assert f"Cut to rank 2: {left_out:.3g} of the changes' Frobenius norm is left out." in card
+    assert "left out" not in (export_peft(adapted, deployment, tmp_path / "whole") / "README.md").read_text()
+
+
 def test_what_an_adapter_cannot_hold_is_not_exported(tmp_path: Path) -> None:
     adapted = tiny.shared("llama")
     tensors = tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, [1]))
-    with pytest.raises(ModelError, match="got a base changed 1 times"):
+    with pytest.raises(ModelError, match=r"got a change of model\.norm"):
         export_peft(
             adapted, Deployment(tensors, BaseDelta(1, steps=({"model.norm.weight": torch.zeros(24)},))), tmp_path
         )
+    with pytest.raises(ModelError, match="max_rank must be at least 1, got 0"):
+        export_peft(adapted, Deployment(tensors), tmp_path, max_rank=0)
+    with pytest.raises(ModelError, match="take an adapter of a later round"):
+        export_peft(adapted, Deployment({}, BaseDelta(1, steps=({},))), tmp_path)
     with pytest.raises(ModelError, match="at least one adapted module"):
         export_peft(adapted, Deployment({}), tmp_path)
     with pytest.raises(ModelError, match="must be exactly those"):

@@ -1,8 +1,13 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpilot import lora, tensors
+from fedpilot.memory.counting import LiveStorages
 from tests import toy
 
 SPEC = toy.spec()
@@ -67,3 +72,142 @@ def test_a_slot_counts_its_holders_and_rests_without_any() -> None:
     assert result[lora.a_name(module)][:, 0].tolist() == [3.0, 4.0, 9.0]
     assert result[lora.b_name(module)][0].tolist() == [3.0, 4.0, 9.0]
     assert mean.weights == {lora.a_name(module): 3.0, lora.b_name(module): 3.0}
+
+
+def terms(
+    out_features: int, in_features: int, ranks: tuple[int, ...]
+) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    """B (out, rank), A (rank, in) and unequal weights."""
+    generator = torch.Generator().manual_seed(out_features)
+    return [
+        (
+            torch.randn(out_features, r, generator=generator),
+            torch.randn(r, in_features, generator=generator),
+            1.0 + 3 * k,
+        )
+        for k, r in enumerate(ranks)
+    ]
+
+
+def dense_sum(parts: list[tuple[torch.Tensor, torch.Tensor, float]]) -> torch.Tensor:
+    return torch.stack([weight * (b.double() @ a.double()) for b, a, weight in parts]).sum(dim=0)
+
+
+@pytest.mark.parametrize(("out_features", "rank", "in_features"), [(9, 4, 6), (5, 8, 7), (7, 6, 5), (4, 20, 9)])
+def test_a_factored_svd_is_the_dense_one(out_features: int, rank: int, in_features: int) -> None:
+    ((left, right, _),) = terms(out_features, in_features, (rank,))
+    left, right = left.double(), right.double()
+    u, s, vh = lora.factored_svd(left, right)
+    k = min(out_features, rank, in_features)
+    assert (u.shape, s.shape, vh.shape) == ((out_features, k), (k,), (k, in_features))
+    torch.testing.assert_close(s, torch.linalg.svdvals(left @ right)[:k])
+    torch.testing.assert_close((u * s) @ vh, left @ right)
+    torch.testing.assert_close(u.T @ u, torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(vh @ vh.T, torch.eye(k, dtype=torch.float64))
+
+
+def test_the_signs_of_singular_vectors_do_not_hang_on_the_factors() -> None:
+    ((left, right, _),) = terms(9, 6, (3,))
+    one = lora.factored_svd(left, right)
+    other = lora.factored_svd(-left, -right)
+    for x, y in zip(one, other, strict=True):
+        torch.testing.assert_close(x, y)
+    assert (one[2].gather(1, one[2].abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 256])
+@pytest.mark.parametrize("ranks", [(3,), (2, 1, 4), (3,) * 5, (5, 2) * 9, (30, 1, 1)])
+def test_a_sum_of_products_is_exact_however_it_is_stacked(block: int, ranks: tuple[int, ...]) -> None:
+    parts = terms(13, 21, ranks)
+    total = lora.ProductSum(13, 21, block=block)
+    for b, a, weight in parts:
+        total.add(b, a, weight)
+    ideal = dense_sum(parts)
+    left, right = total.factors()
+    u, s, vh = total.svd()
+    x = torch.randn(21, 4, generator=torch.Generator().manual_seed(0))
+    bound = 1e-5 * float(ideal.norm())
+    assert float((left.double() @ right.double() - ideal).norm()) < bound
+    assert float(((u * s).double() @ vh.double() - ideal).norm()) < bound
+    assert float((total.times(x).double() - ideal @ x.double()).norm()) < bound * float(x.norm())
+    assert total.norm() == pytest.approx(float(ideal.norm()), rel=1e-5)
+
+
+def test_a_sum_of_products_copies_its_terms_and_does_not_edit_them() -> None:
+    ((b, a, _),) = terms(5, 8, (2,))
+    before = b.clone(), a.clone()
+    total = lora.ProductSum(5, 8)
+    total.add(b, a, 3.0)
+    assert torch.equal(b, before[0])
+    assert torch.equal(a, before[1])
+    b.zero_()
+    a.zero_()
+    torch.testing.assert_close(total.times(torch.eye(8)), 3.0 * before[0] @ before[1])
+
+
+class Shapes(TorchDispatchMode):  # type: ignore[misc]
+    """Notes the shape of every result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)}
+        return result
+
+
+def test_no_matrix_of_the_weights_shape_is_made_while_factors_are_smaller() -> None:
+    parts = terms(200, 230, (16, 8, 16))
+    with Shapes() as shapes:
+        total = lora.ProductSum(200, 230)
+        for b, a, weight in parts:
+            total.add(b, a, weight)
+        total.svd()
+        total.norm()
+        total.times(parts[0][1].T)
+        assert (200, 230) not in shapes.seen
+        assert (230, 200) not in shapes.seen
+        assert total.rank == 40
+        for _ in range(11):
+            total.add(*parts[0])
+        assert (200, 230) in shapes.seen  # 216 ranks: nothing exact is smaller than the sum itself
+
+
+def test_the_memory_of_a_sum_of_products_does_not_grow_with_its_terms() -> None:
+    def held(count: int) -> int:
+        """Bytes after all terms."""
+        counter = LiveStorages()
+        total = lora.ProductSum(60, 80, block=8)
+        with counter.counting():
+            for seed in range(count):
+                ((b, a, weight),) = terms(60, 80, (4,))
+                total.add(b, a, weight + seed)
+                del b, a
+        return counter.live
+
+    assert held(1) == held(8) == 4 * (60 + 80) * 32  # room for eight terms
+    assert held(9) == held(15) == 4 * (60 + 80) * 60
+    assert held(17) == held(201) == 4 * (60 * 80 + (60 + 80) * 8)
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_slots_without_a_singular_value_are_as_at_the_start(held: int) -> None:
+    ((left, right, _),) = terms(9, 6, (3,))
+    left[:, held:] = 0.0
+    fresh = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    a, b = lora.pair_of(*lora.factored_svd(left, right), fresh)
+    assert (a.shape, b.shape) == ((5, 6), (9, 5))
+    torch.testing.assert_close(b @ a, left @ right)
+    assert torch.equal(a[held:], fresh[held:])
+    assert not b[:, held:].any()
+
+
+def test_a_padded_slot_mean_is_the_mean_of_padded_terms_bit_for_bit() -> None:
+    parts = [(toy.random_adapter(SPEC, rank, rank), 2.0 + 5 * rank) for rank in (2, 4, 1, 3)]
+    mean = lora.SlotMean(toy.random_adapter(SPEC, 4, 9), padded=True)
+    for term, weight in parts:
+        mean.add(term, weight)
+    ideal = tensors.weighted_mean((lora.pad(term, 4), weight) for term, weight in parts)
+    assert tensors.digest(mean.result()) == tensors.digest(ideal)

@@ -1,5 +1,6 @@
 """The memory model: a counter that can be checked by hand, and predictions that equal what real steps need."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -215,6 +216,18 @@ def test_only_loaded_blocks_count_when_a_plan_leaves_blocks_out() -> None:
     assert memory.peak_bytes(profile_of("vit"), plan) == measured("vit", plan)
 
 
+def test_any_block_may_come_first_when_those_below_it_are_left_out() -> None:
+    """The toy's blocks are all unlike, so each must have been seen next to the input."""
+    profile, spec = memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False), toy.spec()
+    for count in (1, 2):
+        for blocks in itertools.combinations(range(spec.num_blocks), count):
+            for trained in ({blocks[-1]}, set(blocks)):
+                ranks = {module: 2 + spec.block_of[module] for module in lora.blocks_modules(spec, blocks)}
+                names = lora.names(lora.blocks_modules(spec, trained))
+                plan = Plan(0, ranks, frozenset(names) | frozenset(spec.head), blocks=blocks)
+                assert memory.peak_bytes(profile, plan) == memory.measure_peak(toy.program(plan, 8))
+
+
 def test_a_plan_may_train_the_head_alone() -> None:
     head = frozenset(model_of("vit", "fake").spec.head)
     assert memory.peak_bytes(profile_of("vit"), Plan(0, {}, head)) == measured("vit", Plan(0, {}, head))
@@ -374,7 +387,7 @@ def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
         extra: list[torch.Tensor] = []
 
         def step() -> None:
-            extra[:] = [torch.zeros(max(0, 10_000 - 1000 * min(plan.ranks.values())))]
+            extra[:] = [torch.zeros(max(0, 10_000 - 1000 * min(plan.ranks.values(), default=10)))]
             real.step()
 
         return replace(real, step=step)

@@ -5,21 +5,36 @@ catches its neighbour shows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedpilot import base_deltas, lora
+from fedpilot import base_deltas, galore, lora
 from fedpilot.errors import TrainingError
+from fedpilot.galore import GaLoreAdamW
 from fedpilot.memory import StepProgram
-from fedpilot.types import BaseDelta, ClientProfile, ModelSpec, Penalty, Plan, Site, StepKind, Task, Tensors
+from fedpilot.types import (
+    BaseDelta,
+    ClientProfile,
+    ExampleDP,
+    ModelSpec,
+    Penalty,
+    Plan,
+    Projection,
+    Site,
+    StepKind,
+    Task,
+    Tensors,
+)
 
 WIDTH = 6
 HIDDEN = (5, 7, 4)
 NUM_LABELS = 3
 SCALE = 2.0
+BATCH = 8
 
 
 class Pair(nn.Module):
@@ -61,7 +76,7 @@ class Net(nn.Module):
             self.head.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
+        for block in self.blocks.children():
             x = block(x)
         return self.head(x)
 
@@ -74,8 +89,8 @@ def spec(hidden: Sequence[int] = HIDDEN) -> ModelSpec:
     return ModelSpec(modules=modules, block_of=block_of, num_blocks=len(modules), scale=SCALE, head=head)
 
 
-def program(plan: Plan, micro_batch: int, batch: int = 8) -> StepProgram:
-    """A step of plain gradient descent on fake tensors, as `memory.trace` wants it."""
+def program(plan: Plan, micro_batch: int, batch: int = BATCH, kind: StepKind | None = None) -> StepProgram:
+    """A step of plain gradient descent, or of projected AdamW, on fake tensors, as `memory.trace` wants it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     net = Net()
 
@@ -97,10 +112,20 @@ def program(plan: Plan, micro_batch: int, batch: int = 8) -> StepProgram:
             for j, block in zip(loaded, net.blocks, strict=True)
             for kind in ("lora_A", "lora_B")
             if f"blocks.{j}.linear" in plan.ranks
-        } | {name: p for name, p in net.named_parameters() if name.startswith("head.")}
+        }
+        held |= {
+            name: block.linear.weight
+            for j, block in zip(loaded, net.blocks, strict=True)
+            if (name := f"blocks.{j}.linear.weight") in plan.trainable
+        }
+        held |= {name: p for name, p in net.named_parameters() if name.startswith("head.")}
         for name, parameter in held.items():
             parameter.requires_grad_(name in plan.trainable)
-        optimiser = torch.optim.SGD([p for p in held.values() if p.requires_grad], lr=0.1, foreach=False)
+        trained = {name: parameter for name, parameter in held.items() if parameter.requires_grad}
+        if kind is not None and kind.projection is not None:
+            optimiser = projected_optimiser(trained, 0.1, replace(kind.projection, gap=1))
+        else:
+            optimiser = torch.optim.SGD(trained.values(), lr=0.1, foreach=False)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -111,25 +136,53 @@ def program(plan: Plan, micro_batch: int, batch: int = 8) -> StepProgram:
     return StepProgram([*net.parameters(), x, y], list(net.blocks), held, step, context=lambda: mode)
 
 
+def projected_optimiser(
+    parameters: Mapping[str, nn.Parameter], lr: float, projection: Projection
+) -> torch.optim.Optimizer:
+    """GaLore's own, over whole weights and the head."""
+    head = {name: p for name, p in parameters.items() if name.startswith("head.")}
+    whole = [p for name, p in parameters.items() if name not in head]
+    return GaLoreAdamW(whole, list(head.values()), projection, learning_rate=lr)
+
+
 class ToyModel:
     """`types.Model` over `Net` with its own examples: plain gradient descent on the whole data set."""
 
     def __init__(
         self, examples: int, seed: int, *, steps: int = 3, lr: float = 0.5, hidden: Sequence[int] = HIDDEN
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        self.generator = generator = torch.Generator().manual_seed(seed)
         self.hidden = hidden
         self.net = Net(hidden)
+        self.blocks = list(self.net.blocks)
         self.x = torch.randn(examples, WIDTH, generator=generator)
         self.y = torch.randint(0, NUM_LABELS, (examples,), generator=generator)
         self.steps, self.lr = steps, lr
+        self.starts: dict[str, torch.Tensor] = {}
+        self.factors: dict[str, torch.Tensor] = {}
 
     def load(self, task: Task) -> None:
+        self.run_blocks(range(len(self.blocks)))
+        for name, start in self.starts.items():
+            self.net.get_parameter(name).requires_grad_(False).copy_(start)
         for name, tensor in task.tensors.items():
             owner = self.net.get_submodule(name.rpartition(".")[0])
             parameter = nn.Parameter(tensor.clone(), requires_grad=name in task.plan.trainable)
             setattr(owner, name.rpartition(".")[2], parameter)
         self.change_base(task.base_delta)
+        if task.plan.blocks is not None:
+            self.run_blocks(task.plan.blocks)
+        whole = [f"blocks.{j}.linear.weight" for j in range(len(self.blocks))]
+        self.starts = {
+            name: self.net.get_parameter(name).requires_grad_(True).detach().clone()
+            for name in whole
+            if name in task.plan.trainable
+        }
+        self.factors = {}
+
+    def run_blocks(self, blocks: Sequence[int]) -> None:
+        """Makes the net one of these blocks alone, under the names that they have in the whole."""
+        self.net.blocks = nn.ModuleDict({str(j): self.blocks[j] for j in blocks})
 
     def change_base(self, base: BaseDelta) -> None:
         """Adds a base delta to the pristine frozen weights."""
@@ -138,7 +191,11 @@ class ToyModel:
             self.net.get_parameter(name).data = pristine.get_parameter(name).data + change
 
     def live(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.net.named_parameters() if "lora_" in name or name.startswith("head.")}
+        return {
+            name: p
+            for name, p in self.net.named_parameters()
+            if "lora_" in name or name.startswith("head.") or name in self.starts
+        }
 
     def fit(
         self,
@@ -150,6 +207,11 @@ class ToyModel:
     ) -> Mapping[str, float]:
         total = 0.0
         steps = self.steps if max_steps is None else min(self.steps, max_steps)
+        if kind is not None and kind.private is not None:
+            return self._fit_privately(trainable, kind.private, steps)
+        trained = {name: p for name, p in self.live().items() if name in trainable}
+        projection = None if kind is None else kind.projection
+        optimiser = None if projection is None else projected_optimiser(trained, self.lr / 10, projection)
         for _ in range(steps):
             loss = nn.functional.cross_entropy(self.net(self.x), self.y)
             total += float(loss.detach())
@@ -159,14 +221,40 @@ class ToyModel:
             for parameter in self.live().values():
                 parameter.grad = None
             objective.backward()
+            if optimiser is not None:
+                optimiser.step()
+                continue
             with torch.no_grad():
                 for name, parameter in self.live().items():
                     if name in trainable:
                         assert parameter.grad is not None
                         parameter -= self.lr * parameter.grad
+        for name, (left, right) in ({} if optimiser is None else galore.factors(optimiser, trained)).items():
+            module = name.removesuffix(".weight")
+            self.factors |= {base_deltas.b_name(module): left.clone(), base_deltas.a_name(module): right.clone()}
         return {"loss": total / steps, "steps": float(steps)}
 
-    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
+    def _fit_privately(self, trainable: frozenset[str], private: ExampleDP, steps: int) -> Mapping[str, float]:
+        """DP-SGD by the book: one backward pass an example."""
+        rate = min(1.0, BATCH / len(self.x))
+        trained = {name: p for name, p in self.live().items() if name in trainable}
+        for _ in range(steps):
+            deviation = private.noise_multiplier * private.clip if private.noise_multiplier else 0.0
+            total = {n: deviation * torch.randn(p.shape, generator=self.generator) for n, p in trained.items()}
+            for i in (torch.rand(len(self.x), generator=self.generator) < rate).nonzero().flatten().tolist():
+                loss = nn.functional.cross_entropy(self.net(self.x[i : i + 1]), self.y[i : i + 1])
+                gradients = torch.autograd.grad(loss, list(trained.values()))
+                norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+                for name, gradient in zip(trained, gradients, strict=True):
+                    total[name] += gradient * min(1.0, private.clip / float(norm))
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter -= self.lr * total[name] / (rate * len(self.x))
+        return {"loss": 1.0, "steps": float(steps), "sample_rate": rate}
+
+    def gradients(self, names: frozenset[str], *, num_examples: int, squared: bool = False) -> Tensors:
+        if squared:
+            return self._mean_squares(names, num_examples)
         live = self.live()
         wanted = [name for name in live if name in names]
         for name in wanted:
@@ -174,8 +262,18 @@ class ToyModel:
         loss = nn.functional.cross_entropy(self.net(self.x[:num_examples]), self.y[:num_examples])
         return dict(zip(wanted, torch.autograd.grad(loss, [live[name] for name in wanted]), strict=True))
 
+    def _mean_squares(self, names: frozenset[str], num_examples: int) -> Tensors:
+        x, y, total = self.x, self.y, dict[str, torch.Tensor]()
+        for i in range(count := min(num_examples, len(x))):
+            self.x, self.y = x[i : i + 1], y[i : i + 1]
+            for name, gradient in self.gradients(names, num_examples=1).items():
+                total[name] = total.get(name, torch.zeros(())) + gradient.square() / count
+        self.x, self.y = x, y
+        return total
+
     def read(self) -> Tensors:
-        return {name: p.detach().clone() for name, p in self.live().items()}
+        live = {name: p.detach().clone() for name, p in self.live().items()}
+        return {**live, **{name: live[name] - start for name, start in self.starts.items()}, **self.factors}
 
 
 def site(profile: ClientProfile) -> Site:

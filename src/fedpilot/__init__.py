@@ -8,7 +8,21 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedpilot.algorithms import ALGORITHMS, FedIT, FedPilot, HetLoRA
+    from fedpilot.algorithms import (
+        ALGORITHMS,
+        FedExLoRA,
+        FedHello,
+        FedIT,
+        FedPilot,
+        FedRA,
+        FFALoRA,
+        FlexLoRA,
+        FLoRA,
+        GaLore,
+        HetLoRA,
+        LoRAFair,
+        XGBLoRA,
+    )
     from fedpilot.client import ClientModel
     from fedpilot.comparison import Comparison
     from fedpilot.config.recipe import Recipe, load_recipe
@@ -25,10 +39,35 @@ if TYPE_CHECKING:
     from fedpilot.rounds import run_rounds
     from fedpilot.runs import train
     from fedpilot.training import TrainingSettings
-    from fedpilot.types import Algorithm, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Upload
+    from fedpilot.types import (
+        Algorithm,
+        BaseDelta,
+        ClientProfile,
+        Deployment,
+        LeftOut,
+        ModelSpec,
+        Plan,
+        Site,
+        Task,
+        Upload,
+    )
 
 _HOMES = {
-    "algorithms": ("ALGORITHMS", "FedIT", "FedPilot", "HetLoRA"),
+    "algorithms": (
+        "ALGORITHMS",
+        "FFALoRA",
+        "FLoRA",
+        "FedExLoRA",
+        "FedHello",
+        "FedIT",
+        "FedPilot",
+        "FedRA",
+        "FlexLoRA",
+        "GaLore",
+        "HetLoRA",
+        "LoRAFair",
+        "XGBLoRA",
+    ),
     "client": ("ClientModel",),
     "comparison": ("Comparison",),
     "config.recipe": ("Recipe", "load_recipe"),
@@ -45,7 +84,18 @@ _HOMES = {
     "rounds": ("run_rounds",),
     "runs": ("train",),
     "training": ("TrainingSettings",),
-    "types": ("Algorithm", "ClientProfile", "Deployment", "LeftOut", "ModelSpec", "Plan", "Site", "Task", "Upload"),
+    "types": (
+        "Algorithm",
+        "BaseDelta",
+        "ClientProfile",
+        "Deployment",
+        "LeftOut",
+        "ModelSpec",
+        "Plan",
+        "Site",
+        "Task",
+        "Upload",
+    ),
 }
 """Module -> the public names that live there."""
 
@@ -55,19 +105,28 @@ __all__ = [
     "ALGORITHMS",
     "AdaptedModel",
     "Algorithm",
+    "BaseDelta",
     "ClientModel",
     "ClientProfile",
     "Comparison",
     "DataSettings",
     "Deployment",
     "Experiment",
+    "FFALoRA",
+    "FLoRA",
+    "FedExLoRA",
+    "FedHello",
     "FedIT",
     "FedPilot",
+    "FedRA",
     "FedpilotError",
+    "FlexLoRA",
+    "GaLore",
     "HetLoRA",
     "InProcess",
     "Job",
     "LeftOut",
+    "LoRAFair",
     "MemoryProfile",
     "ModelSettings",
     "ModelSpec",
@@ -79,6 +138,7 @@ __all__ = [
     "Task",
     "TrainingSettings",
     "Upload",
+    "XGBLoRA",
     "__version__",
     "build_model",
     "evaluate",

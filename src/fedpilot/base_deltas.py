@@ -36,11 +36,14 @@ def modules_of(step: Tensors) -> tuple[str, ...]:
 
 
 def pair(module: str, b: torch.Tensor, a: torch.Tensor) -> Tensors:
-    """The change ``b @ a`` of a module's weight: as factors, or dense where that is smaller."""
+    """The change ``b @ a`` of a module's weight: as factors, or dense where that is smaller.
+
+    Factors lie row by row: the order in which a product is summed follows the layout, which files and wires lose.
+    """
     rank, in_features = a.shape
     out_features = b.shape[0]
     if rank * (in_features + out_features) < in_features * out_features:
-        return {a_name(module): a, b_name(module): b}
+        return {a_name(module): a.contiguous(), b_name(module): b.contiguous()}
     return {weight_name(module): b @ a}
 
 

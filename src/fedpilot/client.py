@@ -1,13 +1,14 @@
 """A client's model: the shared base bound to one client's data, settings and seed for one round."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 
-from fedpilot import training
+from fedpilot import galore, privacy, training
 from fedpilot.errors import ModelError, TrainingError
 from fedpilot.memory import LiveStorages
 from fedpilot.model import AdaptedModel
@@ -24,9 +25,10 @@ class ClientModel:
         examples: The client's training data.
         settings: How it trains.
         learning_rate: Of this round.
-        seed: Of the order of examples and of dropout; another one each round.
+        seed: Of the order of examples, of dropout and of a private step's noise; another one each round.
         subset_seed: Of the examples that gradients are measured on; the same in each round.
-        measure_peak: Whether `fit` reports the measured ``peak_bytes`` of its longest step.
+        measure_peak: Whether `fit` reports the measured ``peak_bytes`` of its longest step, or of its first where
+            that makes projectors and needs more.
     """
 
     def __init__(
@@ -44,15 +46,18 @@ class ClientModel:
         self._examples = examples
         self._settings = settings
         self._learning_rate = learning_rate
-        self._order_seed, self._dropout_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+        seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(3))
+        self._order_seed, self._dropout_seed, self._noise_seed = seeds
         self._subset_seed = subset_seed
         self._measure_peak = measure_peak
         self._plan: Plan | None = None
+        self._factors: Tensors = {}
 
     def load(self, task: Task) -> None:
         """Takes the task's tensors and marks what its plan trains and recomputes."""
         self._adapted.load(task)
         self._plan = task.plan
+        self._factors = {}
 
     def fit(
         self,
@@ -66,7 +71,8 @@ class ClientModel:
 
         Returns:
             ``loss`` (mean over steps), ``steps``, ``examples`` (each time one was seen), ``seconds``, and
-            ``peak_bytes`` if asked for.
+            ``peak_bytes`` if asked for; of a private kind ``sample_rate`` too, and ``loss`` is NaN where every draw was
+            empty.
 
         Raises:
             ModelError: The loaded task is another client's, or there is nothing to train.
@@ -78,32 +84,46 @@ class ClientModel:
         parameters = {name: tensor for name, tensor in adapted.parameters_by_name().items() if name in trainable}
         if not parameters:
             raise ModelError(f"a fit must train at least one tensor, got none for client {plan.client_id}")
-        train = training.make_step(adapted.loss, parameters, settings, self._learning_rate, penalty=penalty, kind=kind)
-        longest = self._longest_step(max_steps) if self._measure_peak else None
+        train = training.make_step(
+            adapted.loss,
+            parameters,
+            settings,
+            self._learning_rate,
+            penalty=penalty,
+            kind=kind,
+            head=adapted.spec.head,
+            noisy=adapted.noisy_sum(parameters, kind, self._expected_examples, self._noise_seed),
+        )
+        private = kind is not None and kind.private is not None
+        measured = self._measured_steps(max_steps, kind) if self._measure_peak else frozenset[int]()
         started = time.perf_counter()
         losses: list[float] = []
         metrics: dict[str, float] = {"examples": 0.0}
         with self._seeded():
-            adapted.base.train()
-            for step, batch in enumerate(self._batches(max_steps), start=1):
-                batch = training.on_device(batch, adapted.device)
-                pieces = training.micro_batches(batch, plan.micro_batch)
-
-                counter = self._counter(train, batch) if step == longest else None
+            adapted.train(trainable, frozen_dropout=settings.frozen_dropout)
+            adapted.remember_prefix(trainable, self._cache_bytes())
+            for step, drawn in enumerate(self._drawn(max_steps, private), start=1):
+                counter = self._counter(train) if step in measured else None
                 with counter.counting() if counter else nullcontext():
-                    loss = train(pieces)
+                    loss = train(self._pieces(drawn, plan, counter))
                 if counter:
-                    metrics["peak_bytes"] = float(counter.peak)
-                losses.append(training.checked(loss, step))
-                metrics["examples"] += batch["labels"].shape[0]
-        self._check(plan, losses, parameters)
+                    metrics["peak_bytes"] = max(metrics.get("peak_bytes", 0.0), float(counter.peak))
+                if size := _size(drawn):
+                    losses.append(training.checked(loss, step))
+                metrics["examples"] += size
+                metrics["steps"] = float(step)
+        if private:
+            metrics["sample_rate"] = self._sample_rate
+        self._check(plan, metrics, parameters)
+        self._factors = adapted.factored(galore.factors(train.optimiser, parameters))
         seconds = time.perf_counter() - started
-        return {"loss": sum(losses) / len(losses), "steps": float(len(losses)), "seconds": seconds, **metrics}
+        return {"loss": sum(losses) / len(losses) if losses else math.nan, "seconds": seconds, **metrics}
 
-    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
+    def gradients(self, names: frozenset[str], *, num_examples: int, squared: bool = False) -> Tensors:
         """Mean gradient of the loss at the loaded tensors over a fixed subset of the client's data, dropout off.
 
         The plan's recomputed blocks are recomputed here too, and its micro-batch bounds the examples of a pass.
+        With ``squared``, the mean over examples of each entry's square, from passes of one example each.
         """
         plan = self._loaded()
         adapted = self._adapted
@@ -116,6 +136,11 @@ class ClientModel:
             raise TrainingError(f"client {plan.client_id} must have examples to measure gradients on, got none")
         adapted.set_trainable(names)
         adapted.eval_recomputing()
+        adapted.remember_prefix(names, self._cache_bytes())
+        if squared:
+            squares = self._mean_squares(subset, names)
+            adapted.set_trainable(plan.trainable)
+            return squares
 
         def share(batch: Batch) -> torch.Tensor:
             return adapted.loss(batch) * (training.num_targets(batch) / total)
@@ -128,10 +153,40 @@ class ClientModel:
         adapted.set_trainable(plan.trainable)
         return result
 
+    def _mean_squares(self, subset: Examples, names: frozenset[str]) -> Tensors:
+        """Mean over the examples of the square of each entry's gradient."""
+        adapted = self._adapted
+        live = {name: tensor for name, tensor in adapted.parameters_by_name().items() if name in names}
+        sums = {name: torch.zeros_like(parameter) for name, parameter in live.items()}
+        for batch in subset.batches(1, None):
+            piece = training.on_device(batch, adapted.device)
+            training.backward(adapted.loss, [piece], self._settings.autocast, adapted.device.type)
+            for name, parameter in live.items():
+                if parameter.grad is not None:
+                    sums[name].addcmul_(parameter.grad, parameter.grad)
+                    parameter.grad = None
+        return {name: (total / len(subset)).to("cpu") for name, total in sums.items()}
+
     def read(self) -> Tensors:
-        """Copies of all loaded tensors, head included."""
+        """Copies of all loaded tensors, head included; of weights trained whole the change, and its exact factors.
+
+        There are factors, under the names of a base delta, where the last fit had one projector and no decay.
+        """
         self._loaded()
-        return self._adapted.read()
+        return {**self._adapted.read(), **self._factors}
+
+    def _cache_bytes(self) -> int:
+        """The bound on what is remembered of the frozen prefix.
+
+        Raises:
+            ModelError: It is not 0, and what is to be remembered changes from step to step.
+        """
+        if self._settings.cache_bytes and self._settings.frozen_dropout and self._adapted.has_frozen_dropout:
+            raise ModelError(
+                f"cache_bytes must be 0 while frozen blocks drop out, got {self._settings.cache_bytes}; "
+                "set training.frozen_dropout = false, or model.dropout and model.lora_dropout to 0"
+            )
+        return self._settings.cache_bytes
 
     def _loaded(self) -> Plan:
         if self._plan is None or self._adapted.plan is not self._plan:
@@ -149,16 +204,62 @@ class ClientModel:
                 left = None if left is None else left - 1
                 yield batch
 
-    def _longest_step(self, max_steps: int | None) -> int | None:
+    @property
+    def _expected_examples(self) -> float:
+        """Mean size of a batch that Poisson sampling draws."""
+        return self._sample_rate * len(self._examples)
+
+    @property
+    def _sample_rate(self) -> float:
+        return privacy.sample_rate(max(len(self._examples), 1), self._settings.batch_size)
+
+    def _drawn(self, max_steps: int | None, private: bool) -> Iterator[Batch | Sequence[int]]:
+        """The batches of all steps; of a private kind the positions of the examples that Poisson sampling draws."""
+        if not private:
+            yield from self._batches(max_steps)
+            return
+        settings = self._settings
+        caps = (settings.max_steps, max_steps, settings.local_epochs * -(-len(self._examples) // settings.batch_size))
+        generator = torch.Generator().manual_seed(self._order_seed)
+        num_steps = min(cap for cap in caps if cap is not None)
+        yield from privacy.poisson_draws(len(self._examples), self._sample_rate, num_steps, generator)
+
+    def _pieces(self, drawn: Batch | Sequence[int], plan: Plan, counter: LiveStorages | None) -> Iterable[Batch]:
+        """The micro-batches of a step on the device; drawn examples come one piece at a time.
+
+        A draw may be larger than the batch that the plan was priced for: no piece is.
+        """
+        device = self._adapted.device
+        if isinstance(drawn, Mapping):
+            batch = training.on_device(drawn, device)
+            if counter:
+                counter.hold(list(batch.values()))
+            yield from training.micro_batches(batch, plan.micro_batch)
+        elif drawn:
+            size = plan.micro_batch or self._settings.batch_size
+            for piece in self._examples.subset(drawn).batches(size, None):
+                piece = training.on_device(piece, device)
+                if counter:
+                    counter.hold(list(piece.values()))
+                yield piece
+                del piece  # else two would stand while the next is made
+
+    def _measured_steps(self, max_steps: int | None, kind: StepKind | None) -> frozenset[int]:
+        """The longest step; where gradients are projected also the first, which makes the projectors."""
+        longest = self._longest_step(max_steps, kind is not None and kind.private is not None)
+        first = {1} if kind is not None and kind.projection is not None else set[int]()
+        return frozenset(first if longest is None else {longest, *first})
+
+    def _longest_step(self, max_steps: int | None, private: bool) -> int | None:
         """Number, from 1, of the largest batch; not the first if there are more, which has no optimiser state yet."""
-        sizes = [sum(tensor.numel() for tensor in batch.values()) for batch in self._batches(max_steps)]
+        sizes = [_size(drawn, whole=True) for drawn in self._drawn(max_steps, private)]
         later = range(2, len(sizes) + 1) if len(sizes) > 1 else range(1, len(sizes) + 1)
         return max(later, key=lambda step: sizes[step - 1], default=None)
 
-    def _counter(self, train: Step, batch: Batch) -> LiveStorages:
-        """A counter that knows what is alive before a step."""
+    def _counter(self, train: Step) -> LiveStorages:
+        """A counter that knows what is alive before a step, but for its batch."""
         counter = LiveStorages()
-        counter.hold([*self._adapted.resident(), *train.state(), *batch.values()])
+        counter.hold([*self._adapted.resident(), *train.state()])
         return counter
 
     @contextmanager
@@ -170,14 +271,21 @@ class ClientModel:
             yield
 
     @staticmethod
-    def _check(plan: Plan, losses: list[float], trained: Tensors) -> None:
-        if not losses:
+    def _check(plan: Plan, metrics: Mapping[str, float], trained: Tensors) -> None:
+        if "steps" not in metrics:
             raise TrainingError(f"client {plan.client_id} must have examples to train on, got none")
         if not is_finite(trained):
             raise TrainingError(
-                f"trained tensors must be finite, got NaN or infinity after {len(losses)} steps of client "
+                f"trained tensors must be finite, got NaN or infinity after {metrics['steps']:.0f} steps of client "
                 f"{plan.client_id}; lower the learning rate or set max_grad_norm"
             )
+
+
+def _size(drawn: Batch | Sequence[int], *, whole: bool = False) -> int:
+    """Examples of a step's batch, or with ``whole`` entries of all its tensors where it is there already."""
+    if not isinstance(drawn, Mapping):
+        return len(drawn)
+    return sum(tensor.numel() for tensor in drawn.values()) if whole else drawn["labels"].shape[0]
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:

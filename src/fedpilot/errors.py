@@ -7,6 +7,7 @@
     ├── ModelError         a model cannot be loaded or adapted as asked
     ├── PlanError          a plan contradicts the model or an algorithm's own rules
     ├── RecordError        a run directory or a checkpoint is missing, corrupt or of another run
+    ├── SecureSumError     a secure sum cannot be had, or what was asked would give a client away
     └── ClientError        one client failed; the round goes on without it
         ├── TrainingError  its loss or its tensors are not finite
         └── UploadError    what it sent is not what it was asked for
@@ -51,6 +52,10 @@ class PlanError(FedpilotError):
 
 class RecordError(FedpilotError):
     """A run directory or a checkpoint is missing, corrupt or belongs to another run."""
+
+
+class SecureSumError(FedpilotError):
+    """A secure sum cannot be had, or what was asked of a client would give one away."""
 
 
 class ClientError(FedpilotError):

@@ -4,14 +4,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 
 from fedpilot import base_deltas, lora, tensors
 from fedpilot.errors import PlanError, UploadError
-from fedpilot.types import Engine, Failure, Plan, Task, Upload
+from fedpilot.screening import Screen
+from fedpilot.types import Engine, Failure, ModelSpec, Plan, StepKind, Task, Upload
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,25 @@ class UploadRecord:
     num_examples: int
     bytes_up: int
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """Base weights that a plan may train whole: a client has them already, and what comes up is their change.
+
+    Attributes:
+        shapes: Name -> (out, in).
+        rank: Largest rank at which a change may come as the factors of a base delta; 0 where it must be dense.
+    """
+
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rank: int = 0
+
+
+def whole_weights(spec: ModelSpec, kind: StepKind | None) -> WholeWeights:
+    """The weights of all adapted modules; their changes have a rank where the method's step projects gradients."""
+    shapes = {base_deltas.weight_name(module): shape for module, shape in spec.modules.items()}
+    return WholeWeights(shapes, kind.projection.rank if kind is not None and kind.projection is not None else 0)
 
 
 class Clock:
@@ -63,14 +83,14 @@ def download_bytes(task: Task) -> int:
     return tensors.num_bytes(sent) + base_deltas.num_bytes(task.base_delta)
 
 
-def check_task(task: Task) -> None:
+def check_task(task: Task, whole: WholeWeights = WholeWeights()) -> None:
     """Refuses a task that contradicts its plan.
 
     Raises:
         PlanError: A trained tensor is not in the task, or a pair is not of the planned rank.
     """
     plan = task.plan
-    if absent := sorted(plan.trainable - task.tensors.keys()):
+    if absent := sorted(plan.trainable - task.tensors.keys() - whole.shapes.keys()):
         raise PlanError(
             f"task of client {plan.client_id} must hold every tensor that its plan trains, lacks {_some(absent)}; "
             "send it in distribute or leave it out of the plan"
@@ -84,21 +104,23 @@ def check_task(task: Task) -> None:
                 )
 
 
-def check_upload(upload: Upload, sent: Layout) -> None:
+def check_upload(upload: Upload, sent: Layout, whole: WholeWeights = WholeWeights()) -> None:
     """Refuses an upload that is not what its plan asked for.
 
     A pair that is trained whole may come back at a smaller rank than it was sent, but not below 1, and alike in A and
-    B: HetLoRA's clients prune themselves.
+    B: HetLoRA's clients prune themselves. The change of a base weight may come as a base delta's factors.
 
     Args:
         upload: What came back.
-        sent: Name -> shape and dtype of each trained tensor as it went down.
+        sent: Name -> shape and dtype of each trained tensor as it went down, or of a trained base weight's change.
+        whole: Base weights, and the rank that factors of their changes may have.
 
     Raises:
         UploadError: Names, shapes or dtypes differ, an entry is not finite, or no example stands behind it.
     """
     if upload.num_examples <= 0:
         raise UploadError(f"num_examples must be positive, got {upload.num_examples}; give the client data")
+    sent = _with_factors(upload, sent, whole)
     if upload.tensors.keys() != sent.keys():
         raise UploadError(
             f"upload must hold exactly the {len(sent)} tensors of its plan, "
@@ -114,6 +136,19 @@ def check_upload(upload: Upload, sent: Layout) -> None:
         if not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise UploadError(f"{name} must be finite, got {count} entries that are not; lower the learning rate")
+
+
+def _with_factors(upload: Upload, sent: Layout, whole: WholeWeights) -> Layout:
+    """The layout with factors in place of the changes that the upload has as factors."""
+    expected = dict(sent)
+    for name in sent.keys() & whole.shapes.keys():
+        module = name.rpartition(".")[0]
+        a, b = base_deltas.a_name(module), base_deltas.b_name(module)
+        if whole.rank and a in upload.tensors and name not in upload.tensors:
+            (out_features, in_features), dtype = whole.shapes[name], expected.pop(name)[1]
+            rank = max(1, min(upload.tensors[a].shape[0] if upload.tensors[a].dim() else 0, whole.rank))
+            expected |= {a: ((rank, in_features), dtype), b: ((out_features, rank), dtype)}
+    return expected
 
 
 def _allowed_shape(name: str, upload: Upload, sent: Layout) -> tuple[int, ...]:
@@ -148,6 +183,9 @@ class RoundResults(Iterator[Upload]):
         distribute: Plan -> task; called when the engine asks for the task.
         tell: Called with each result without its tensors.
         clock: Gets the phases ``distribute`` and ``clients``.
+        whole: Base weights that plans may train.
+        screen: Judges uploads by their size; what it refuses is a failure too.
+        public: Metrics of uploads that are recorded; ``None`` for all.
     """
 
     def __init__(
@@ -158,12 +196,18 @@ class RoundResults(Iterator[Upload]):
         distribute: Callable[[Plan], Task],
         tell: Callable[[UploadRecord | Failure], None],
         clock: Clock,
+        whole: WholeWeights = WholeWeights(),
+        screen: Screen | None = None,
+        public: frozenset[str] | None = None,
     ) -> None:
         self.bytes_down = 0
         self.bytes_up = 0
+        self.bytes_base = 0
         self.records: list[UploadRecord] = []
         self.failures: list[Failure] = []
         self._round, self._distribute, self._tell, self._clock = round, distribute, tell, clock
+        self._whole, self._screen, self._public = whole, screen, public
+        self._plans = {plan.client_id: plan for plan in plans}
         self._awaited: dict[int, Layout] = {}
         self._ahead: Upload | None = None
         with clock.phase("clients"):
@@ -193,11 +237,17 @@ class RoundResults(Iterator[Upload]):
     def _send(self, plan: Plan) -> Task:
         with self._clock.phase("distribute"):
             task = self._distribute(plan)
-            check_task(task)
+            check_task(task, self._whole)
         self.bytes_down += download_bytes(task)
-        trained = {name: task.tensors[name] for name in sorted(plan.trainable)}
-        self._awaited[plan.client_id] = {name: (tuple(t.shape), t.dtype) for name, t in trained.items()}
+        self.bytes_base += base_deltas.num_bytes(task.base_delta)
+        self._awaited[plan.client_id] = {name: self._layout(name, task) for name in sorted(plan.trainable)}
         return task
+
+    def _layout(self, name: str, task: Task) -> tuple[tuple[int, ...], torch.dtype]:
+        """Of a trained tensor as it goes down, or of a base weight's change as it comes up."""
+        if name not in task.tensors:
+            return self._whole.shapes[name], torch.float32
+        return tuple(task.tensors[name].shape), task.tensors[name].dtype
 
     def _accept(self, result: Upload | Failure) -> Upload | None:
         """The upload when it is good; otherwise a failure is noted."""
@@ -210,14 +260,25 @@ class RoundResults(Iterator[Upload]):
         try:
             if sent is None:
                 raise UploadError("upload must answer a task, got one that nobody asked for; send it once")
-            check_upload(result, sent)
+            check_upload(result, sent, self._whole)
+            result = self._screened(result)
         except UploadError as error:
             self._fail(Failure(result.client_id, str(error)))
             return None
-        record = UploadRecord(result.client_id, result.num_examples, bytes_up, dict(result.metrics))
+        metrics = {
+            name: value for name, value in result.metrics.items() if self._public is None or name in self._public
+        }
+        record = UploadRecord(result.client_id, result.num_examples, bytes_up, metrics)
         self.records.append(record)
         self._tell(record)
         return result
+
+    def _screened(self, upload: Upload) -> Upload:
+        """The upload as the screen lets it through, held against the task that its client had."""
+        if self._screen is None:
+            return upload
+        with self._clock.phase("screen"):
+            return self._screen.passed(upload, self._distribute(self._plans[upload.client_id]).tensors)
 
     def _fail(self, failure: Failure) -> None:
         logger.warning("round %d: client %d failed: %s", self._round, failure.client_id, failure.reason)
@@ -229,3 +290,23 @@ class RoundResults(Iterator[Upload]):
         for client_id in list(self._awaited):
             del self._awaited[client_id]
             self._fail(Failure(client_id, "no result came back"))
+
+
+class Ahead(Iterator[Upload]):
+    """Uploads of which the next one can be looked at; holds no other."""
+
+    def __init__(self, uploads: Iterator[Upload]) -> None:
+        self._uploads = uploads
+        self._ahead: Upload | None = None
+
+    def any(self) -> bool:
+        """Whether an upload is left."""
+        if self._ahead is None:
+            self._ahead = next(self._uploads, None)
+        return self._ahead is not None
+
+    def __next__(self) -> Upload:
+        if self._ahead is not None:
+            upload, self._ahead = self._ahead, None
+            return upload
+        return next(self._uploads)

@@ -33,10 +33,15 @@ def manifest(config: Mapping[str, object], *, seed: int, dtype: str) -> dict[str
         "seed": seed,
         "dtype": dtype,
         "num_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(),
         **_commit(Path(__file__).parent),
         "config": json.loads(json.dumps(config, default=str)),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Python and the packages that results may depend on -> version; null for one that is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -1,33 +1,45 @@
 """Plans that several algorithms share, and the check that a plan fits its client."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from fedpilot import allocation, lora, memory
 from fedpilot.allocation import Allocation
+from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import ClientProfile, CostTable, LeftOut, ModelSpec, Plan
 
 Solver: TypeAlias = Literal["exact", "additive", "suffix", "random", "all", "all-checkpointed"]
+Factors: TypeAlias = Literal["AB", "B"]
+"""What is trained of a pair."""
+
+Sampler: TypeAlias = Literal["weighted", "ranked"]
+"""Ways to choose blocks whose values are weights: drawn in proportion to them, or the largest first."""
+
+Participation: TypeAlias = Literal["all", "exclusive", "straggler"]
+"""Who takes part where all clients must train the same; see `alike`."""
 
 
-def trainable(spec: ModelSpec, modules: Iterable[str]) -> frozenset[str]:
-    """Names of both factors of the modules, and of the head."""
-    return frozenset(lora.names(modules)) | frozenset(spec.head)
+def trainable(spec: ModelSpec, modules: Iterable[str], factors: Factors = "AB") -> frozenset[str]:
+    """Names of both factors of the modules, or of B alone, and of the head."""
+    names = lora.names(modules) if factors == "AB" else map(lora.b_name, modules)
+    return frozenset(names) | frozenset(spec.head)
 
 
-def train_blocks(spec: ModelSpec, client_id: int, rank: int, blocks: Iterable[int]) -> Plan:
+def train_blocks(spec: ModelSpec, client_id: int, rank: int, blocks: Iterable[int], factors: Factors = "AB") -> Plan:
     """Every module holds a pair of the rank; those of the blocks are trained."""
-    ranks = dict.fromkeys(spec.modules, rank)
-    return Plan(client_id=client_id, ranks=ranks, trainable=trainable(spec, lora.blocks_modules(spec, blocks)))
+    names = trainable(spec, lora.blocks_modules(spec, blocks), factors)
+    return Plan(client_id=client_id, ranks=dict.fromkeys(spec.modules, rank), trainable=names)
 
 
-def train_all(spec: ModelSpec, client_id: int, rank: int) -> Plan:
+def train_all(spec: ModelSpec, client_id: int, rank: int, factors: Factors = "AB") -> Plan:
     """Every module is trained at the rank."""
-    return train_blocks(spec, client_id, rank, range(spec.num_blocks))
+    return train_blocks(spec, client_id, rank, range(spec.num_blocks), factors)
 
 
 def from_allocation(spec: ModelSpec, client_id: int, rank: int, allocation: Allocation) -> Plan:
@@ -90,15 +102,81 @@ def fit_or_leave_out(profile: MemoryProfile, plan: Plan, client: ClientProfile) 
     return plan if fits(plan, client) else left_out(client, plan)
 
 
+def alike(
+    profile: MemoryProfile,
+    spec: ModelSpec,
+    cohort: Sequence[ClientProfile],
+    rank: int,
+    participation: Participation,
+    budget_bytes: int | None = None,
+) -> list[Plan | LeftOut]:
+    """The same pairs at the same rank for everybody.
+
+    Args:
+        profile: Costs.
+        spec: The model.
+        cohort: The round's clients.
+        rank: Of every pair.
+        participation: ``all`` trains everything and refuses where that does not fit; ``exclusive`` leaves out whom it
+            does not fit; ``straggler`` trains the deepest blocks that fit ``budget_bytes``.
+        budget_bytes: Smallest budget of the population, for ``straggler``.
+
+    Raises:
+        PlanError: ``all``, and a client cannot train everything; or ``straggler`` without a budget.
+    """
+    blocks: Sequence[int] = range(spec.num_blocks)
+    if participation == "straggler":
+        blocks = straggler_blocks(profile, spec, rank, budget_bytes)
+    plan = train_blocks(spec, -1, rank, blocks)
+    plans = [fit_or_leave_out(profile, replace(plan, client_id=client.client_id), client) for client in cohort]
+    for entry in plans:
+        if participation == "all" and isinstance(entry, LeftOut):
+            raise PlanError(
+                f"client {entry.client_id} must train everything with participation 'all', but {entry.reason}; "
+                "raise its budget, or choose participation 'exclusive' or 'straggler'"
+            )
+    return plans
+
+
+def straggler_blocks(profile: MemoryProfile, spec: ModelSpec, rank: int, budget_bytes: int | None) -> Sequence[int]:
+    """The deepest blocks that fit the budget; the last one alone where none does, so that who lacks it is left out.
+
+    Raises:
+        PlanError: There is no budget.
+    """
+    if budget_bytes is None:
+        raise PlanError("budget_bytes must be the population's smallest budget for participation 'straggler'")
+    table = memory.cost_table(profile, ranks=(rank,), checkpointing=False, adapter_rank=rank)
+    chosen = allocation.suffix(table, budget_bytes)
+    return chosen.trained_blocks if chosen is not None else range(spec.num_blocks - 1, spec.num_blocks)
+
+
+def first_that_fits(
+    profile: MemoryProfile, plans: Sequence[Plan], cohort: Sequence[ClientProfile]
+) -> list[Plan | LeftOut]:
+    """For each client the first of the plans that fits it, or why the last does not; each plan is priced once."""
+    prices = [(plan, memory.peak_bytes(profile, plan), memory.seconds(profile, plan, 1.0, 1)) for plan in plans]
+
+    def entry(client: ClientProfile) -> Plan | LeftOut:
+        for plan, peak, flops in prices:
+            seconds = None if client.flops_per_second is None else client.num_steps * flops / client.flops_per_second
+            own = replace(plan, client_id=client.client_id, peak_bytes=peak, seconds=seconds)
+            if fits(own, client):
+                return own
+        return left_out(client, own)
+
+    return [entry(client) for client in cohort]
+
+
 def largest_rank(
-    profile: MemoryProfile, spec: ModelSpec, client: ClientProfile, ranks: Sequence[int]
+    profile: MemoryProfile, spec: ModelSpec, client: ClientProfile, ranks: Sequence[int], factors: Factors = "AB"
 ) -> Plan | LeftOut:
     """All modules trained at the largest of the ranks that fits; costs grow with the rank, so bisection finds it."""
     ordered = sorted(set(ranks))
     plans: dict[int, Plan] = {}
 
     def fitting(rank: int) -> bool:
-        plans[rank] = priced(profile, train_all(spec, client.client_id, rank), client)
+        plans[rank] = priced(profile, train_all(spec, client.client_id, rank, factors), client)
         return fits(plans[rank], client)
 
     if not fitting(ordered[0]):
@@ -120,7 +198,7 @@ class BlockAllocation:
         rank: Rank of the global adapter; blocks that are not trained hold it frozen.
         ranks: Ranks that a trained block may take.
         rank_exponent: A block of value v is worth ``v * (r / rank) ** rank_exponent`` at rank r.
-        solver: ``exact``, ``additive``, or one that does not look at values.
+        solver: ``exact``, ``additive``, a sampler, or one that does not look at values.
         checkpointing: Whether the exact solver may recompute blocks.
     """
 
@@ -129,7 +207,7 @@ class BlockAllocation:
     rank: int
     ranks: tuple[int, ...]
     rank_exponent: float = 0.5
-    solver: Solver = "exact"
+    solver: Solver | Sampler = "exact"
     checkpointing: bool = False
 
     def __call__(
@@ -190,6 +268,13 @@ class BlockAllocation:
                 return allocation.suffix(table, budget, values=values, max_flops=limit)
             case "random":
                 return allocation.random_subset(table, budget, rng, values=values, max_flops=limit)
+            case "weighted":
+                # Worth the number of blocks: of two micro-batches the one is taken that lets more of them train.
+                weights, counted = values.max(axis=1), (values > 0).astype(np.float64)
+                return allocation.weighted_subset(table, budget, weights, rng, values=counted, max_flops=limit)
+            case "ranked":
+                order = np.lexsort((-np.arange(len(values)), -values.max(axis=1))).tolist()  # of equals the highest
+                return allocation.in_order(table, budget, order, values=values, max_flops=limit)
             case "all":
                 return allocation.everything(table, budget, values=values, max_flops=limit)
             case _:
@@ -235,3 +320,90 @@ def affordable_suffix(profile: MemoryProfile, spec: ModelSpec, client: ClientPro
         if memory.peak_bytes(profile, plan) <= client.memory_bytes:
             return blocks
     return range(0)
+
+
+MOST_SEQUENCES = 256
+"""Subsets of one size that are priced; only blocks of several structures in mixed order can have more that differ."""
+
+
+@dataclass(frozen=True)
+class ShallowModels:
+    """Models of some blocks alone, all of them trained: which a client can afford, and a draw among them.
+
+    Attributes:
+        spec: The model.
+        profile: Its costs.
+        rank: Of every pair.
+    """
+
+    spec: ModelSpec
+    profile: MemoryProfile
+    rank: int
+
+    def random_subset(self, client: ClientProfile, rng: np.random.Generator) -> Plan | LeftOut:
+        """A priced plan of as many blocks as the client has capacity for, each subset of them as likely.
+
+        Of two micro-batches that allow as many blocks the larger is taken.
+        """
+        count, micro_batch = max((self.capacity(client, size), size) for size in self.profile.micro)
+        if not count:
+            return left_out(client, self._smallest(client))
+        while True:
+            blocks = sorted(rng.choice(self.spec.num_blocks, size=count, replace=False).tolist())
+            plan = priced(self.profile, self.plan(client.client_id, blocks, micro_batch), client)
+            if fits(plan, client):
+                return plan
+            count -= 1  # only where `MOST_SEQUENCES` hid the worst subset; of single blocks none is hidden
+
+    def capacity(self, client: ClientProfile, micro_batch: int) -> int:
+        """The largest number of blocks of which every subset keeps the client's budget and deadline; 0 for none."""
+        counts = range(self.spec.num_blocks, 0, -1)
+        return next((count for count in counts if fits(self._limit(client, micro_batch, count), client)), 0)
+
+    def plan(self, client_id: int, blocks: Sequence[int], micro_batch: int) -> Plan:
+        """The blocks alone, ascending, with their pairs and the head trained."""
+        modules = lora.blocks_modules(self.spec, blocks)
+        ranks = dict.fromkeys(modules, self.rank)
+        whole = micro_batch == max(self.profile.micro)
+        plan = Plan(client_id, ranks, trainable(self.spec, modules), blocks=tuple(blocks))
+        return replace(plan, micro_batch=None if whole else micro_batch)
+
+    def _smallest(self, client: ClientProfile) -> Plan:
+        """What the client would need for any one block."""
+        limits = [self._limit(client, size, 1) for size in self.profile.micro]
+        return min(limits, key=lambda plan: plan.peak_bytes or 0)
+
+    def _limit(self, client: ClientProfile, micro_batch: int, count: int) -> Plan:
+        """Highest peak and longest time of all subsets of this many blocks, as if of one plan."""
+        peak, flops = self._worst[micro_batch, count]
+        seconds = None if client.flops_per_second is None else client.num_steps * flops / client.flops_per_second
+        return Plan(client.client_id, {}, frozenset(), peak_bytes=peak, seconds=seconds)
+
+    @cached_property
+    def _worst(self) -> Mapping[tuple[int, int], tuple[int, float]]:
+        """(micro-batch, number of blocks) -> highest peak and most operations of a step of such a subset.
+
+        Blocks of one group behave alike, so one subset of each sequence of groups stands for all.
+        """
+        kinds = tuple(zip(self.profile.groups, self.profile.block_bytes, strict=True))
+        worst: dict[tuple[int, int], tuple[int, float]] = {}
+        for size, count in itertools.product(self.profile.micro, range(1, self.spec.num_blocks + 1)):
+            subsets = itertools.islice(unlike_subsets(kinds, count), MOST_SEQUENCES)
+            plans = [self.plan(-1, blocks, size) for blocks in subsets]
+            peaks = [memory.peak_bytes(self.profile, plan) for plan in plans]
+            worst[size, count] = max(peaks), max(memory.seconds(self.profile, plan, 1.0, 1) for plan in plans)
+        return worst
+
+
+def unlike_subsets(kinds: Sequence[Hashable], count: int, first: int = 0) -> Iterator[tuple[int, ...]]:
+    """One subset, ascending, for each sequence of kinds that a subset of this size can have.
+
+    >>> list(unlike_subsets("aaab", 2))
+    [(0, 1), (0, 3)]
+    """
+    if not count:
+        yield ()
+        return
+    lowest = {kinds[block]: block for block in range(len(kinds) - count, first - 1, -1)}
+    for block in sorted(lowest.values()):
+        yield from ((block, *rest) for rest in unlike_subsets(kinds, count - 1, block + 1))

@@ -2,6 +2,8 @@
 
     manifest.json               versions, commit, seed, resolved configuration
     metrics.jsonl               one line a round; numbers that are not finite are null
+    population.json             names, tiers, budgets and examples of the clients
+    report.html                 all of it for people, at the end
     tensorboard/                the same as curves
     checkpoints/round-0007/     the state after round 7; the last two are kept
     adapters/last, best/        what a user takes home
@@ -12,7 +14,7 @@ Nothing of it is ever pickled, and nothing is ever half there.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Generic, TypeAlias, cast
@@ -111,20 +113,29 @@ class RunDirectory:
         Raises:
             RecordError: A line in the middle is not JSON.
         """
+        return list(self.each_line())
+
+    def each_line(self) -> Iterator[dict[str, object]]:
+        """`lines`, one after the other: a long record of many clients does not fit into memory at once.
+
+        Raises:
+            RecordError: As `lines`.
+        """
         file = self.path / "metrics.jsonl"
         if not file.exists():
-            return []
-        rows: list[dict[str, object]] = []
-        complete = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn or empty
-        for number, text in enumerate(complete, start=1):
-            try:
-                rows.append(json.loads(text))
-            except ValueError as error:
-                raise RecordError(
-                    f"{file} line {number} must be JSON, got {error}; "
-                    "restore the file from a copy, or delete it and give up the history"
-                ) from error
-        return rows
+            return
+        with file.open("rb") as stream:
+            for number, text in enumerate(stream, start=1):
+                if not text.endswith(b"\n"):
+                    return  # torn
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise RecordError(
+                        f"{file} line {number} must be JSON, got {error}; "
+                        "restore the file from a copy, or delete it and give up the history"
+                    ) from error
+                yield row
 
     def rewind(self, last_round: int) -> None:
         """Cuts the lines after a round and a torn one, at once, and removes what a stop left half written.

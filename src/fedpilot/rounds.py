@@ -7,25 +7,36 @@ run draws what the uninterrupted one would have drawn.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from fedpilot import tensors
+from fedpilot.aggregation_error import AggregationError
 from fedpilot.errors import ConfigError, PlanError
-from fedpilot.exchange import Clock, RoundResults, UploadRecord
+from fedpilot.exchange import Ahead, Clock, RoundResults, UploadRecord, whole_weights
+from fedpilot.privacy import client_dp
+from fedpilot.privacy.client_dp import ClientDP
+from fedpilot.safeguards import NONE, Safeguards
+from fedpilot.screening import WINDOW, Norms, Screen
 from fedpilot.types import (
     Algorithm,
+    Averages,
     ClientProfile,
     Deployment,
     Engine,
     Failure,
+    HasStepKind,
     LeftOut,
     ModelSpec,
     Plan,
     State,
     State_contra,
+    StepKind,
+    Task,
+    Upload,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,6 +49,11 @@ SAMPLING, PLANNING = 0, 1  # numbers of a round's random steps
 def generator(seed: int, *step: int) -> np.random.Generator:
     """The generator of one step: ``(seed, 0)`` for the first state, ``(seed, round, SAMPLING)`` and so on after."""
     return np.random.default_rng([seed, *step])
+
+
+def not_evaluated(deployment: Deployment) -> Mapping[str, float]:
+    """The metrics of a round that is not evaluated: none."""
+    return {}
 
 
 # --- what is recorded ---------------------------------------------------------------------------------------------
@@ -85,8 +101,11 @@ class RoundRecord:
         aggregated: Whether the state changed: false when nobody delivered.
         bytes_down: Sent to clients, tensors only.
         bytes_up: Received from clients, tensors only, refused uploads included.
-        metrics: Of the evaluation.
-        facts: What the algorithm says of its new state; see `Explains`.
+        bytes_base: Of ``bytes_down``: changes of the frozen base that clients lacked.
+        metrics: Of the evaluation; empty where the round was not evaluated.
+        facts: What the algorithm says of its new state; see `Explains`. ``epsilon`` is what a private run has cost.
+        norms: Client -> norms of its update, in the order of arrival and refused ones included, where uploads are
+            screened.
         seconds: Phase -> seconds; phases do not overlap, ``total`` is the whole round.
     """
 
@@ -98,8 +117,10 @@ class RoundRecord:
     aggregated: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_base: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
+    norms: Mapping[int, Norms] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -175,6 +196,10 @@ def run_rounds(
     first_round: int = 1,
     state: State | None = None,
     observer: Observer | None = None,
+    evaluated: Callable[[int], bool] = lambda round: True,
+    measure_aggregation: bool = False,
+    safeguards: Safeguards = NONE,
+    norms: tuple[Norms, ...] = (),
 ) -> Iterator[tuple[State, RoundRecord]]:
     """Yields the state and the record after each round.
 
@@ -189,21 +214,47 @@ def run_rounds(
         first_round: Where a resumed run goes on.
         state: State after round ``first_round - 1``; ``None`` for the algorithm's first.
         observer: Watches.
+        evaluated: Whether a round is evaluated; others are recorded without metrics.
+        measure_aggregation: Whether to record ``aggregation_error``, which a run with noise on the sum never does.
+        safeguards: Screening, a robust rule, privacy of clients; the run ends where a privacy budget does.
+        norms: Of updates in the rounds before ``first_round``, for screening; see `screening.recalled`.
 
     Raises:
         ConfigError: The population or the cohort size cannot be used.
-        PlanError: A plan exceeds its client's budget, or contradicts its task.
+        PlanError: A plan exceeds its client's budget, or contradicts its task; or a safeguard cannot serve the method.
     """
     _check_population(population, cohort_size)
+    safeguards.check(algorithm)
+    last = safeguards.last_round(num_rounds, population, cohort_size)
+    private = safeguards.private
     current = algorithm.init(generator(seed, 0)) if state is None else state
     watched = observer or Unwatched()
-    for round in range(first_round, num_rounds + 1):
-        cohort = sample(population, cohort_size, generator(seed, round, SAMPLING))
+    for round in range(first_round, last + 1):
+        draw = sample if safeguards.central is None else safeguards.central.sample
+        cohort = draw(population, cohort_size, generator(seed, round, SAMPLING))
         current, record = run_round(
-            algorithm, engine, cohort, evaluate, current, round=round, seed=seed, observer=watched
+            algorithm,
+            engine,
+            cohort,
+            evaluate if evaluated(round) else not_evaluated,
+            current,
+            round=round,
+            seed=seed,
+            observer=watched,
+            measure_aggregation=measure_aggregation,
+            safeguards=safeguards,
+            norms=norms,
+            expected_clients=cohort_size or len(population),
         )
+        norms = (*norms, *record.norms.values())[-WINDOW:]
+        if private is not None:
+            cost = private.facts(round, private.rate(len(population), cohort_size))
+            record = replace(record, facts={**record.facts, **cost})
+        watched.round_done(record)
         logger.info("round %d/%d: %s", round, num_rounds, summary(record))
         yield current, record
+    if last < num_rounds:
+        logger.warning("ended after round %d of %d: another one would exceed the privacy budget", last, num_rounds)
 
 
 def run_round(
@@ -216,23 +267,42 @@ def run_round(
     round: int,
     seed: int,
     observer: Observer,
+    measure_aggregation: bool = False,
+    safeguards: Safeguards = NONE,
+    norms: tuple[Norms, ...] = (),
+    expected_clients: int = 1,
 ) -> tuple[State, RoundRecord]:
     """One round: plan, distribute, local update, upload, aggregate, evaluate, record."""
     clock, start = Clock(), time.perf_counter()
     with clock.phase("plan"):
-        entries = algorithm.plan(state, cohort, generator(seed, round, PLANNING))
+        entries = algorithm.plan(state, cohort, generator(seed, round, PLANNING)) if cohort else []
         check_plans(entries, cohort)
     plans = [entry for entry in entries if isinstance(entry, Plan)]
     left_out = tuple(entry for entry in entries if isinstance(entry, LeftOut))
     observer.round_started(round, plans, left_out)
 
     tell = partial(observer.client_done, round)
-    results = RoundResults(engine, round, plans, partial(algorithm.distribute, state), tell, clock)
-    aggregated = results.any()
+    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else None
+    whole = whole_weights(algorithm.spec, kind)
+    screen = Screen(safeguards.screening, norms, algorithm.spec.scale) if safeguards.screening.on else None
+    public = None if safeguards.private is None else client_dp.PUBLIC
+    distribute = partial(algorithm.distribute, state)
+    results = RoundResults(engine, round, plans, distribute, tell, clock, whole, screen, public)
+    measured = measure_aggregation and safeguards.central is None
+    error = AggregationError(algorithm, state, plans) if measured else None
+    uploads = Ahead(safeguards.robust(results if error is None else map(partial(_taken, error, clock), results)))
+    if safeguards.central is not None:
+        seeds = [seed, round]
+        uploads = Ahead(_noisy(algorithm, state, safeguards.central, uploads, plans, expected_clients, seeds))
+    aggregated = uploads.any()
+    facts: dict[str, float] = {}
     if aggregated:  # a round in which nobody delivers leaves the state as it is
         with clock.phase("aggregate"):
-            state = algorithm.aggregate(state, results)
-            _check_read(results, algorithm)
+            state = algorithm.aggregate(state, uploads)
+            _check_read(uploads, results, algorithm)
+        if error is not None:
+            with clock.phase("aggregation_error"):
+                facts["aggregation_error"] = error.result(state)
 
     with clock.phase("evaluate"):
         metrics = dict(evaluate(algorithm.deploy(state)))
@@ -246,12 +316,42 @@ def run_round(
         aggregated=aggregated,
         bytes_down=results.bytes_down,
         bytes_up=results.bytes_up,
+        bytes_base=results.bytes_base,
         metrics=metrics,
-        facts=dict(algorithm.explain(state)) if isinstance(algorithm, Explains) else {},
+        facts={**(algorithm.explain(state) if isinstance(algorithm, Explains) else {}), **facts},
+        norms={} if screen is None else screen.measured,
         seconds={**clock.seconds, "total": time.perf_counter() - start},
     )
-    observer.round_done(record)
     return state, record
+
+
+def _taken(error: AggregationError[State], clock: Clock, upload: Upload) -> Upload:
+    """The upload, counted."""
+    with clock.phase("aggregation_error"):
+        return error.take(upload)
+
+
+def _noisy(
+    algorithm: Algorithm[State],
+    state: State,
+    private: ClientDP,
+    uploads: Iterator[Upload],
+    plans: Sequence[Plan],
+    expected_clients: int,
+    seed: Sequence[int],
+) -> Iterator[Upload]:
+    """The uploads' noisy mean, over the tensors that the method trains whoever was sampled."""
+    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else StepKind()
+    present = client_dp.trained_by(algorithm.deploy(state).tensors, kind.patterns)
+    how = algorithm.averaging if isinstance(algorithm, Averages) else None
+    if plans and how is not None and how.same_names:
+        present = tensors.only(present, plans[0].trainable)
+    of_client = {plan.client_id: plan for plan in plans}
+
+    def distribute(client_id: int) -> Task:
+        return algorithm.distribute(state, of_client[client_id])
+
+    return client_dp.noisy_mean(private, uploads, distribute, present, expected_clients=expected_clients, seed=seed)
 
 
 def sample(
@@ -300,8 +400,8 @@ def _check_population(population: Sequence[ClientProfile], cohort_size: int | No
         raise ConfigError(problems)
 
 
-def _check_read(results: RoundResults, algorithm: object) -> None:
-    if results.any():
+def _check_read(uploads: Ahead, results: RoundResults, algorithm: object) -> None:
+    if uploads.any():
         raise PlanError(
             f"{type(algorithm).__name__}.aggregate must read every upload, got to {len(results.records)} and stopped; "
             "loop to the end"

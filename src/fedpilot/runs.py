@@ -13,8 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fedpilot.record import Kept, RunDirectory, strict
 from fedpilot.rounds import Evaluate, Observer, RoundRecord, generator, run_rounds
-from fedpilot.stopping import EarlyStop, Goal
+from fedpilot.safeguards import NONE, Safeguards
+from fedpilot.screening import recalled
+from fedpilot.stopping import Cadence, EarlyStop, Goal
 from fedpilot.types import Algorithm, ClientProfile, Deployment, Engine, State
+
+EVERY_ROUND = Cadence()
 
 
 @runtime_checkable
@@ -26,6 +30,17 @@ class HoldsKept(Protocol):
 
     def restore(self, kept: Kept) -> None:
         """Puts a snapshot back."""
+
+
+@runtime_checkable
+class KeepsOutside(Protocol):
+    """An engine that may hold what its clients keep outside checkpoints, and has to agree with them."""
+
+    def rewind(self, round: int) -> None:
+        """Forgets what clients kept after the round, where that is held outside checkpoints."""
+
+    def committed(self, round: int) -> None:
+        """A checkpoint of the round is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,9 @@ def train(
     early_stop: EarlyStop | None = None,
     checkpoint_every: int = 1,
     observer: Observer | None = None,
+    cadence: Cadence = EVERY_ROUND,
+    measure_aggregation: bool = False,
+    safeguards: Safeguards = NONE,
 ) -> Outcome[State]:
     """Runs the rounds that the directory does not hold yet, and records them.
 
@@ -68,20 +86,38 @@ def train(
         early_stop: When to end before ``num_rounds``.
         checkpoint_every: Rounds between checkpoints; the last round always has one.
         observer: Watches.
+        cadence: Which rounds are evaluated.
+        measure_aggregation: Whether to record each round's ``aggregation_error``.
+        safeguards: Screening, a robust rule, privacy of clients, whose budget may end the run early.
 
     Raises:
         RecordError: The directory cannot be resumed or written.
         ConfigError: A goal's metric is not among those of the evaluation.
+        PlanError: A safeguard cannot serve the method, or allows no round.
     """
+    safeguards.check(algorithm)
+    planned, num_rounds = num_rounds, safeguards.last_round(num_rounds, population, cohort_size)
     state, done = _begin(algorithm, engine, evaluate, directory, observer)
     history = directory.history()
     _save_adapters(directory, algorithm.deploy(state), done, history, best)
     stopped = early_stop is not None and early_stop.due(history)
     if stopped or done >= num_rounds:
-        return Outcome(state, done, done < num_rounds)
-    settings = {"num_rounds": num_rounds, "first_round": done + 1, "seed": directory.seed}
+        return Outcome(state, done, done < planned)
     rounds = run_rounds(
-        algorithm, engine, population, evaluate, **settings, cohort_size=cohort_size, state=state, observer=observer
+        algorithm,
+        engine,
+        population,
+        evaluate,
+        num_rounds=num_rounds,
+        first_round=done + 1,
+        seed=directory.seed,
+        cohort_size=cohort_size,
+        state=state,
+        observer=observer,
+        evaluated=lambda round: cadence.due(round, num_rounds),
+        measure_aggregation=measure_aggregation,
+        safeguards=safeguards,
+        norms=recalled(directory.lines()) if safeguards.screening.on else (),
     )
     with _curves(directory, done) as writer:
         for state, record in rounds:
@@ -91,11 +127,11 @@ def train(
             history.append(dict(record.metrics))
             stopped = early_stop is not None and early_stop.due(history)
             if stopped or done == num_rounds or done % checkpoint_every == 0:
-                directory.save_checkpoint(done, state, _kept(engine))
+                _save_checkpoint(directory, done, state, engine)
             _save_adapters(directory, algorithm.deploy(state), done, history, best)
             if stopped:
                 break
-    return Outcome(state, done, done < num_rounds)
+    return Outcome(state, done, done < planned)
 
 
 def _begin(
@@ -112,18 +148,24 @@ def _begin(
         directory.rewind(found.round)
         if isinstance(engine, HoldsKept):
             engine.restore(found.kept)
+        if isinstance(engine, KeepsOutside):
+            engine.rewind(found.round)
         return found.state, found.round
     directory.rewind(-1)
     record = RoundRecord(round=0, metrics=dict(evaluate(algorithm.deploy(state))))
     directory.append(record)
-    directory.save_checkpoint(0, state, _kept(engine))
+    if isinstance(engine, KeepsOutside):
+        engine.rewind(0)
+    _save_checkpoint(directory, 0, state, engine)
     if observer is not None:
         observer.round_done(record)
     return state, 0
 
 
-def _kept(engine: Engine) -> Kept:
-    return engine.snapshot() if isinstance(engine, HoldsKept) else {}
+def _save_checkpoint(directory: RunDirectory, round: int, state: object, engine: Engine) -> None:
+    directory.save_checkpoint(round, state, engine.snapshot() if isinstance(engine, HoldsKept) else {})
+    if isinstance(engine, KeepsOutside):
+        engine.committed(round)
 
 
 def _save_adapters(

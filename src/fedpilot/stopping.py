@@ -32,15 +32,42 @@ class Goal:
         raise ConfigError([f"metric must be one of {', '.join(sorted(metrics))}, got {self.metric!r}; {hint}"])
 
     def best(self, history: Sequence[Mapping[str, float]], min_delta: float = 0.0) -> int | None:
-        """Index of the best entry; a later one must be better by more than ``min_delta``. NaN is never better."""
+        """Index of the best entry; a later one must be better by more than ``min_delta``.
+
+        NaN is never better, and an empty entry, of a round that was not evaluated, is passed over.
+        """
         sign = 1.0 if self.higher_is_better else -1.0
         best: int | None = None
         highest = -math.inf
         for index, metrics in enumerate(history):
+            if not metrics:
+                continue
             value = sign * self.value(metrics)
             if math.isfinite(value) and (best is None or value - highest > min_delta):
                 best, highest = index, value
         return best
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Which rounds of a run are evaluated.
+
+    >>> [round for round in range(13) if Cadence(every=4, last=2).due(round, 13)]
+    [0, 4, 8, 12]
+    >>> [round for round in range(8) if Cadence(every=4, last=2).due(round, 7)]
+    [0, 4, 6, 7]
+
+    Attributes:
+        every: Rounds between two evaluations.
+        last: Rounds at the end of a run that are always evaluated.
+    """
+
+    every: int = 1
+    last: int = 5
+
+    def due(self, round: int, num_rounds: int) -> bool:
+        """Whether a round of a run of so many is evaluated."""
+        return round % self.every == 0 or round > num_rounds - self.last
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,8 @@ class EarlyStop:
     min_delta: float = 0.0
 
     def due(self, history: Sequence[Mapping[str, float]]) -> bool:
-        """Whether the last of these rounds, in order, is the last."""
+        """Whether the last of these rounds, in order, is the last; a run ends only where it is evaluated."""
+        if not history[-1]:
+            return False
         best = self.goal.best(history, self.min_delta)
         return len(history) - 1 - (-1 if best is None else best) >= self.patience

@@ -5,7 +5,7 @@ on the meta device; whoever holds a real loss checks it with `checked`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self, TypeAlias
@@ -13,8 +13,10 @@ from typing import Literal, Protocol, Self, TypeAlias
 import torch
 from torch import nn
 
-from fedpilot.errors import TrainingError
-from fedpilot.types import Penalty, StepKind
+from fedpilot.errors import PlanError, TrainingError
+from fedpilot.galore import GaLoreAdamW
+from fedpilot.privacy import NoisySum
+from fedpilot.types import Penalty, Projection, StepKind
 
 Batch: TypeAlias = Mapping[str, torch.Tensor]
 """The model's inputs by name, first axis the examples, and ``labels``: (examples,), or (examples, length) of a text."""
@@ -61,6 +63,9 @@ class TrainingSettings:
         autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are.
         schedule: Of the learning rate over rounds.
         min_lr_ratio: Share of ``learning_rate`` that the cosine falls to.
+        frozen_dropout: Whether dropout acts below the lowest block that a client trains; above it always does.
+        cache_bytes: Most that a client remembers of what blocks below its lowest trained one give for its examples, so
+            that they run once an example; 0 for nothing. There must be no dropout there. Counts in predicted memory.
 
     Raises:
         ValueError: A field breaks its rule; the message names all that do.
@@ -77,6 +82,8 @@ class TrainingSettings:
     autocast: Literal["float32", "bf16"] = "float32"
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: float = 0.0
+    frozen_dropout: bool = True
+    cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -99,6 +106,8 @@ class TrainingSettings:
             yield f"weight_decay must be zero or more, got {self.weight_decay}"
         if not 0 <= self.momentum < 1:
             yield f"momentum must be in [0, 1), got {self.momentum}"
+        if self.cache_bytes < 0:
+            yield f"cache_bytes must be zero or more, got {self.cache_bytes}"
         if not 0 <= self.min_lr_ratio <= 1:
             yield f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}"
 
@@ -132,12 +141,43 @@ def make_optimiser(
     )
 
 
+def make_projected_optimiser(
+    parameters: Mapping[str, nn.Parameter],
+    head: Collection[str],
+    settings: TrainingSettings,
+    learning_rate: float,
+    projection: Projection,
+) -> GaLoreAdamW:
+    """A fresh optimiser that projects all but the head.
+
+    Raises:
+        PlanError: The settings ask for another optimiser than AdamW, or the projection does not fit the weights.
+    """
+    if settings.optimiser != "adamw":
+        raise PlanError(
+            f"optimiser must be adamw where gradients are projected, got {settings.optimiser}; "
+            "set training.optimiser = 'adamw'"
+        )
+    projected = [parameter for name, parameter in parameters.items() if name not in head]
+    plain = [parameter for name, parameter in parameters.items() if name in head]
+    decay = settings.weight_decay
+    return GaLoreAdamW(projected, plain, projection, learning_rate=learning_rate, weight_decay=decay)
+
+
 def num_targets(batch: Batch) -> torch.Tensor:
     """How many targets the batch's mean loss is over: examples, or next words; a scalar on the batch's device."""
     labels = batch["labels"]
     if labels.ndim == 1:
         return torch.full((), labels.shape[0], dtype=torch.float32, device=labels.device)
     return (labels[:, 1:] != IGNORED).sum().float()
+
+
+def targets_by_example(batch: Batch) -> torch.Tensor:
+    """(examples,) targets of each example, as `num_targets` counts them."""
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        return torch.ones(labels.shape[0], device=labels.device)
+    return (labels[:, 1:] != IGNORED).sum(dim=1).float()
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -214,6 +254,44 @@ def train_step(
     return loss
 
 
+def private_step(
+    forward_loss: Callable[[Batch], torch.Tensor],
+    micro_batches: Iterable[Batch],
+    optimiser: torch.optim.Optimizer,
+    noisy: NoisySum,
+    autocast: str,
+) -> torch.Tensor:
+    """One optimiser step of DP-SGD.
+
+    What is clipped is the gradient of an example's own mean loss: the plain mean over a batch's words would let an
+    example reach the others through their number.
+
+    Args:
+        forward_loss: Mean loss over a micro-batch's targets, a scalar.
+        micro_batches: The drawn examples in pieces, each read when its turn comes; none for an empty draw.
+        optimiser: Over the parameters of ``noisy``.
+        noisy: Clips, sums and adds noise.
+        autocast: Arithmetic of the matrix products; clipping and noise are float32.
+
+    Returns:
+        Mean loss of the batch, detached; zero of an empty one.
+    """
+    noisy.start()
+    total = torch.zeros(2, device=noisy.device)  # summed loss and number of targets
+    for batch in micro_batches:
+        count = num_targets(batch)
+        with noisy.watching():
+            with arithmetic(autocast, noisy.device.type):
+                loss = forward_loss(batch)
+            (loss * count).backward()  # type: ignore[no-untyped-call]
+        noisy.add(1 / targets_by_example(batch).clamp(min=1))
+        total += torch.stack([loss.detach() * count, count])
+        del batch, loss  # else they outlive the next piece's forward pass
+    noisy.finish()
+    optimiser.step()
+    return total[0] / total[1].clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Step:
     """A client's optimiser step with all that stays the same from batch to batch.
@@ -224,6 +302,7 @@ class Step:
         settings: Clipping and autocast.
         optimiser: Over ``parameters``.
         penalty: Added to the loss once a step.
+        noisy: Sums of clipped gradients, for DP-SGD, which clips by example instead of by step.
     """
 
     forward_loss: Callable[[Batch], torch.Tensor]
@@ -231,16 +310,21 @@ class Step:
     settings: TrainingSettings
     optimiser: torch.optim.Optimizer
     penalty: Penalty | None = None
+    noisy: NoisySum | None = None
 
-    def __call__(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+    def __call__(self, micro_batches: Iterable[Batch]) -> torch.Tensor:
         """Trains on a batch in pieces; its mean loss, detached."""
+        if self.noisy is not None:
+            return private_step(self.forward_loss, micro_batches, self.optimiser, self.noisy, self.settings.autocast)
         return train_step(
-            self.forward_loss, micro_batches, self.optimiser, self.parameters, self.settings, self.penalty
+            self.forward_loss, list(micro_batches), self.optimiser, self.parameters, self.settings, self.penalty
         )
 
     def state(self) -> list[torch.Tensor]:
         """Tensors that the step keeps from one batch to the next, beside the parameters."""
-        return [value for of in self.optimiser.state.values() for value in of.values() if torch.is_tensor(value)]
+        sums = [] if self.noisy is None else self.noisy.sums
+        of_optimiser = self.optimiser.state.values()
+        return [*sums, *(value for of in of_optimiser for value in of.values() if torch.is_tensor(value))]
 
 
 def make_step(
@@ -251,10 +335,47 @@ def make_step(
     *,
     penalty: Penalty | None = None,
     kind: StepKind | None = None,
+    head: Collection[str] = (),
+    noisy: NoisySum | None = None,
 ) -> Step:
-    """The step of a kind, with a fresh optimiser; clients train with it and the memory profile traces it."""
-    optimiser = make_optimiser(parameters.values(), settings, learning_rate)
-    return Step(forward_loss, parameters, settings, optimiser, penalty)
+    """The step of a kind, with a fresh optimiser; clients train with it and the memory profile traces it.
+
+    Args:
+        forward_loss: Mean loss over a micro-batch's targets, a scalar.
+        parameters: What is trained, by global name.
+        settings: Optimiser, clipping and autocast.
+        learning_rate: Of this round.
+        penalty: Added to the loss once a step.
+        kind: Of the step, where it is not plain LoRA's.
+        head: Names of the dense tensors, which no kind projects.
+        noisy: Over ``parameters``, for a private kind.
+
+    Raises:
+        PlanError: The kind and the settings, or the kind and the tensors, do not go together.
+    """
+    if kind is not None and kind.private is not None:
+        check_private(kind, penalty)
+        assert noisy is not None, "whoever has the model makes the sums of a private step"
+    optimiser: torch.optim.Optimizer
+    if kind is not None and kind.projection is not None:
+        optimiser = make_projected_optimiser(parameters, head, settings, learning_rate, kind.projection)
+    else:
+        optimiser = make_optimiser(parameters.values(), settings, learning_rate)
+    return Step(forward_loss, parameters, settings, optimiser, penalty, noisy)
+
+
+def check_private(kind: StepKind, penalty: Penalty | None) -> None:
+    """Refuses a private step of a method whose other use of the examples no accountant covers.
+
+    Raises:
+        PlanError: There is a penalty or a projection beside clipping and noise.
+    """
+    if penalty is not None or kind.projection is not None:
+        what = "a penalty" if penalty is not None else "a projection of gradients"
+        raise PlanError(
+            f"a private step must use the examples through clipped and noisy gradients alone, got {what} too; "
+            "choose ffa-lora, or train without differential privacy"
+        )
 
 
 def checked(loss: torch.Tensor, step: int) -> float:

@@ -6,7 +6,7 @@ arrow carries one of the frozen values below. Shapes are written in words: ``(ra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -257,8 +257,15 @@ class Model(Protocol):
             TrainingError: The loss is not finite.
         """
 
-    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
-        """Mean gradient of the loss at the loaded tensors over a fixed subset of the client's data."""
+    def gradients(self, names: frozenset[str], *, num_examples: int, squared: bool = False) -> Tensors:
+        """Mean gradient of the loss at the loaded tensors over a fixed subset of the client's data.
+
+        Args:
+            names: Tensors.
+            num_examples: Size of the subset.
+            squared: Gives the mean over examples of each entry's square instead: the diagonal of the empirical Fisher
+                information.
+        """
 
     def read(self) -> Tensors:
         """Copies of all loaded tensors, head included."""
@@ -266,11 +273,19 @@ class Model(Protocol):
 
 @dataclass
 class Site:
-    """A client's own place: profile, model with its data, and what it keeps between rounds. The only mutable noun."""
+    """A client's own place. The only mutable noun.
+
+    Attributes:
+        profile: The client.
+        model: With its data.
+        kept: What it keeps between rounds.
+        release: What it does to an upload before that leaves, such as adding noise; ``None`` for nothing.
+    """
 
     profile: ClientProfile
     model: Model
     kept: dict[str, Tensors] = field(default_factory=dict)
+    release: Callable[[Task, Upload], Upload] | None = None
 
 
 State = TypeVar("State")
@@ -303,12 +318,40 @@ class Algorithm(Protocol[State]):
         """What the state is worth to a user."""
 
 
+@runtime_checkable
 class HasStepKind(Protocol):
     """An algorithm whose optimiser steps are not plain LoRA's."""
 
     @property
     def step_kind(self) -> StepKind:
         """What the memory profile must have traced for it."""
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How a method's aggregation is a mean of what clients send; what robust rules and privacy need to know.
+
+    Attributes:
+        uniform: Whether clients weigh alike.
+        same_shapes: Whether all holders send a tensor in one shape.
+        same_names: Whether every client sends the same tensors.
+        tensors_only: Whether nothing else that clients send or were measured to be changes state or plans: no scores,
+            ranks or counts of steps.
+    """
+
+    uniform: bool
+    same_shapes: bool = True
+    same_names: bool = True
+    tensors_only: bool = True
+
+
+@runtime_checkable
+class Averages(Protocol):
+    """An algorithm whose new state is a mean of each uploaded tensor, at least with some of its options."""
+
+    @property
+    def averaging(self) -> Averaging | None:
+        """How; ``None`` where the options make it something else."""
 
 
 class RefinesOnServer(Protocol[State]):

@@ -23,7 +23,7 @@ import torch
 
 from fedpilot import lora, planning, tensors
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
+from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
 Scores = Mapping[int, float]
 
@@ -91,6 +91,18 @@ class FedPilot:
     s_max: float = 2.0
     coverage_ema: float = 0.9
     weights: Literal["examples", "uniform"] = "examples"
+
+    @property
+    def averaging(self) -> Averaging | None:
+        """Of the blocks over their holders, where that is all; the knapsack's values come from what clients measure."""
+        if self.aggregation != "layerwise":
+            return None
+        return Averaging(
+            self.weights == "uniform",
+            same_shapes=len(self.ranks) <= 1,
+            same_names=False,
+            tensors_only=self.solver not in ("exact", "additive"),
+        )
 
     def init(self, rng: np.random.Generator) -> FedPilotState:
         """A fresh adapter and no scores."""

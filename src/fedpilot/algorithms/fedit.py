@@ -7,15 +7,14 @@ not treat. ``exclusive`` and ``straggler`` are the usual baselines of the work o
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from fedpilot import allocation, lora, memory, planning, tensors
-from fedpilot.errors import PlanError
+from fedpilot import lora, planning, tensors
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
+from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,14 @@ class FedIT:
     spec: ModelSpec
     profile: MemoryProfile
     rank: int = 8
-    participation: Literal["all", "exclusive", "straggler"] = "all"
+    participation: planning.Participation = "all"
     weights: Literal["examples", "uniform"] = "examples"
     budget_bytes: int | None = None
+
+    @property
+    def averaging(self) -> Averaging:
+        """Of A and B apart."""
+        return Averaging(uniform=self.weights == "uniform")
 
     def init(self, rng: np.random.Generator) -> FedITState:
         """A fresh adapter; B = 0, so the model starts as the base."""
@@ -57,19 +61,7 @@ class FedIT:
         Raises:
             PlanError: ``participation = "all"`` and a client cannot train everything.
         """
-        blocks = self._straggler_blocks() if self.participation == "straggler" else range(self.spec.num_blocks)
-        plan = planning.train_blocks(self.spec, -1, self.rank, blocks)
-        plans = [
-            planning.fit_or_leave_out(self.profile, replace(plan, client_id=client.client_id), client)
-            for client in cohort
-        ]
-        for entry in plans:
-            if self.participation == "all" and isinstance(entry, LeftOut):
-                raise PlanError(
-                    f"client {entry.client_id} must train everything with participation 'all', but {entry.reason}; "
-                    "raise its budget, or choose participation 'exclusive' or 'straggler'"
-                )
-        return plans
+        return planning.alike(self.profile, self.spec, cohort, self.rank, self.participation, self.budget_bytes)
 
     def distribute(self, state: FedITState, plan: Plan) -> Task:
         """The whole adapter."""
@@ -93,12 +85,3 @@ class FedIT:
 
     def _weight(self, upload: Upload) -> float:
         return float(upload.num_examples) if self.weights == "examples" else 1.0
-
-    def _straggler_blocks(self) -> Sequence[int]:
-        if self.budget_bytes is None:
-            raise PlanError("budget_bytes must be the population's smallest budget for participation 'straggler'")
-        table = memory.cost_table(self.profile, ranks=(self.rank,), checkpointing=False, adapter_rank=self.rank)
-        chosen = allocation.suffix(table, self.budget_bytes)
-        if chosen is None:
-            return range(self.spec.num_blocks - 1, self.spec.num_blocks)  # too large for the weakest: it is left out
-        return chosen.trained_blocks

@@ -18,7 +18,7 @@ import torch
 from fedpilot import lora, planning, tensors
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
+from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class HetLoRA:
             raise PlanError(f"r_min must lie in 1..r_max, got {self.r_min} with r_max {self.r_max}; swap or raise them")
         if not 0 < self.gamma <= 1:
             raise PlanError(f"gamma must lie in (0, 1], got {self.gamma}; 1 switches pruning off")
+
+    @property
+    def averaging(self) -> Averaging:
+        """Of padded pairs; ranks follow what clients prune."""
+        return Averaging(self.weights == "uniform", same_shapes=False, tensors_only=self.gamma == 1)
 
     def init(self, rng: np.random.Generator) -> HetLoRAState:
         """A fresh adapter at rank r_max."""
@@ -96,13 +101,12 @@ class HetLoRA:
 
         The padding is averaged in, as the paper does: a slot that few clients hold shrinks by what the others weigh.
         """
-        mean = tensors.HolderMean()
+        mean = lora.SlotMean(state.adapter, padded=True)
         ranks = dict(state.ranks)
         for upload in uploads:
             ranks[upload.client_id] = int(upload.metrics["rank"])
-            padded = lora.pad(upload.tensors, self.r_max)
             for weight, names in self._weights(upload):
-                mean.add(tensors.select(padded, names), weight)
+                mean.add(tensors.select(upload.tensors, names), weight)
         return HetLoRAState(adapter={**state.adapter, **mean.result()}, ranks=ranks)
 
     def deploy(self, state: HetLoRAState) -> Deployment:
@@ -134,5 +138,6 @@ def tail_norm(adapter: Tensors, q: int) -> torch.Tensor:
 
 def sparsity(adapter: Tensors, modules: Sequence[str], eps: float = 1e-8) -> float:
     """S_k = ||B_k A_k||_F over the modules, without the product; eps keeps a round of zeros a plain mean."""
-    squares = [lora.product_norm(adapter[lora.a_name(m)], adapter[lora.b_name(m)]) ** 2 for m in modules]
+    pairs = [(adapter[lora.a_name(m)], adapter[lora.b_name(m)]) for m in modules]
+    squares = [lora.product_norm(a, b, dtype=torch.float32) ** 2 for a, b in pairs]
     return math.sqrt(sum(squares)) + eps

@@ -3,7 +3,7 @@
 ``allocate`` and ``allocate_many`` are exact under the cost of ``CostTable``, which is not additive over blocks. The
 path from a table to a plan: ``costs`` (the formula), ``bounds`` (upper bounds, by lowest block and number of
 checkpointed ones), ``multipliers`` (tighter ones), ``search`` (the recursion, and why it is exact), ``solve`` (the
-order of work). ``strategies`` has the baselines.
+order of work). ``strategies`` has the baselines and sampling by weight, ``weights`` Fed-HeLLo's weights.
 
     >>> import numpy as np
     >>> from fedpilot.allocation import allocate
@@ -19,20 +19,35 @@ order of work). ``strategies`` has the baselines.
 
 from fedpilot.allocation.costs import Allocation, choice_values, flops, peak
 from fedpilot.allocation.exact import allocate, allocate_many, allocate_micro_batches, smallest_budget
-from fedpilot.allocation.strategies import additive, everything, everything_checkpointed, random_subset, suffix
+from fedpilot.allocation.strategies import (
+    additive,
+    everything,
+    everything_checkpointed,
+    in_order,
+    random_subset,
+    suffix,
+    weighted_subset,
+)
+from fedpilot.allocation.weights import Shape, cluster_weights, shape_weights, three_means
 
 __all__ = [
     "Allocation",
+    "Shape",
     "additive",
     "allocate",
     "allocate_many",
     "allocate_micro_batches",
     "choice_values",
+    "cluster_weights",
     "everything",
     "everything_checkpointed",
     "flops",
+    "in_order",
     "peak",
     "random_subset",
+    "shape_weights",
     "smallest_budget",
     "suffix",
+    "three_means",
+    "weighted_subset",
 ]

@@ -1,4 +1,4 @@
-"""Other ways to choose blocks, as baselines: the paper's additive knapsack, and four that ignore the values."""
+"""Other ways to choose blocks: the additive knapsack, baselines that ignore the values, and sampling by weight."""
 
 import math
 from collections.abc import Sequence
@@ -63,10 +63,54 @@ def random_subset(
     max_flops: float | None = None,
 ) -> Allocation | None:
     """Blocks in random order, each trained plainly at the largest rank with which all so far fit, or left out."""
+    order = rng.permutation(len(table.frozen_resident)).tolist()
+    return in_order(table, budget_bytes, order, values=values, max_flops=max_flops)
+
+
+def weighted_subset(
+    table: CostTable,
+    budget_bytes: float,
+    weights: npt.ArrayLike,
+    rng: np.random.Generator,
+    *,
+    values: npt.ArrayLike | None = None,
+    max_flops: float | None = None,
+) -> Allocation | None:
+    """Blocks drawn one after the other without replacement, in proportion to weights; each is kept if it still fits.
+
+    Args:
+        table: Costs; has the choice to pass through plainly.
+        budget_bytes: The peak may not exceed it.
+        weights: (num_blocks,) positive; only their ratios count.
+        rng: Of the draw; the same number of draws whatever the budget.
+        values: (num_blocks, num_choices), for the allocation's value alone.
+        max_flops: The step's operations may not exceed it.
+
+    Raises:
+        PlanError: Weights are not positive and finite, one a block.
+    """
+    shape, array = table.frozen_resident.shape, np.asarray(weights, dtype=np.float64)
+    if array.shape != shape or not np.isfinite(array).all() or not (array > 0).all():
+        raise PlanError(f"weights must be {shape[0]} positive finite numbers, one a block, got {array}; give each one")
+    # Of exponential waiting times at these rates the shortest is each block's with probability w / sum of w, and so on
+    # among the rest: the order of arrival is that of draws without replacement.
+    arrivals = rng.exponential(size=shape) / array
+    return in_order(table, budget_bytes, np.argsort(arrivals).tolist(), values=values, max_flops=max_flops)
+
+
+def in_order(
+    table: CostTable,
+    budget_bytes: float,
+    order: Sequence[int],
+    *,
+    values: npt.ArrayLike | None = None,
+    max_flops: float | None = None,
+) -> Allocation | None:
+    """Blocks in the given order, each trained plainly at the largest rank with which all so far fit, or left out."""
     num_blocks, ranks = len(table.frozen_resident), _ranks(table)
     trained: dict[int, Choice] = {}
     found: Allocation | None = None
-    for block in rng.permutation(num_blocks).tolist():
+    for block in order:
         for rank in ranks:
             choices = _plan(num_blocks, trained | {block: Choice(rank)})
             fitting = _fitting(table, choices, budget_bytes, values, max_flops)

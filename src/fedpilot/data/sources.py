@@ -33,12 +33,16 @@ def load(settings: DataSettings) -> Table:
     if raw.test is not None:
         test = _rows(raw, raw.test, settings, names, settings.test or f"{settings.source} (test)")
     else:
-        train, test = _held_out(train, settings)
+        train, test = _held_out(train, settings.test_fraction, [settings.seed, 0], "test_fraction")
     train = _limited(train, settings.limit, settings.seed)
     test = _limited(test, settings.test_limit, settings.seed + 1)
     _check_classes(train, test, names)
+    validation = None
+    if settings.validation_fraction:
+        seed = [settings.seed, 2]
+        train, validation = _held_out(train, settings.validation_fraction, seed, "validation_fraction")
     logger.info("%s: %d training and %d test rows, %d classes", settings.source, len(train), len(test), len(names))
-    return Table(train, test, names)
+    return Table(train, test, names, validation)
 
 
 def read(settings: DataSettings) -> Raw:
@@ -62,6 +66,8 @@ def read(settings: DataSettings) -> Raw:
 def _check(settings: DataSettings) -> None:
     if not 0 < settings.test_fraction < 1:
         raise DataError(f"test_fraction must be above 0 and below 1, got {settings.test_fraction}")
+    if not 0 <= settings.validation_fraction < 1:
+        raise DataError(f"validation_fraction must be 0 or more and below 1, got {settings.validation_fraction}")
     for name, value in (("limit", settings.limit), ("test_limit", settings.test_limit)):
         if value is not None and value < 1:
             raise DataError(f"{name} must be at least 1, got {value}")
@@ -128,6 +134,8 @@ def _label_names(raw: Raw, settings: DataSettings) -> tuple[str, ...]:
     """Classes in the source's own order, else sorted: as numbers where all are."""
     if raw.label_names is not None:
         return raw.label_names
+    if settings.labels:
+        return settings.labels
     if not _has_labels(raw.train, settings):
         return ()
     names = sorted(set(_label_strings(raw.train, settings.label, settings.source)))
@@ -173,19 +181,16 @@ def _check_classes(train: Rows, test: Rows, names: tuple[str, ...]) -> None:
 # --- splitting --------------------------------------------------------------------------------------------------------
 
 
-def _held_out(rows: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
-    """Training and test rows, each class and kept column in proportion; every class keeps one training row."""
-    rng = np.random.default_rng([settings.seed, 0])
-    order = rng.permutation(len(rows))
+def _held_out(rows: Rows, fraction: float, seed: Sequence[int], name: str) -> tuple[Rows, Rows]:
+    """Training rows and those held out, classes and kept columns in proportion; every class keeps one training row."""
+    order = np.random.default_rng(seed).permutation(len(rows))
     _, first = np.unique(rows.labels[order], return_index=True)
     free = np.delete(order, first)
-    test = free[spread(strata(rows)[free], round(settings.test_fraction * len(rows)))]
-    if len(test) == 0 or len(test) == len(rows):
-        raise DataError(
-            f"test_fraction must leave rows on both sides, got {settings.test_fraction} of {len(rows)} rows; "
-            f"change it or name a test file"
-        )
-    return rows.take(np.setdiff1d(np.arange(len(rows)), test)), rows.take(np.sort(test))
+    held = free[spread(strata(rows)[free], round(fraction * len(rows)))]
+    if len(held) == 0 or len(held) == len(rows):
+        advice = "change it or name a test file" if name == "test_fraction" else "change it"
+        raise DataError(f"{name} must leave rows on both sides, got {fraction} of {len(rows)} rows; {advice}")
+    return rows.take(np.setdiff1d(np.arange(len(rows)), held)), rows.take(np.sort(held))
 
 
 def _limited(rows: Rows, limit: int | None, seed: int) -> Rows:

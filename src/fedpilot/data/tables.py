@@ -41,7 +41,11 @@ class DataSettings:
         split: Name of the hub's training split.
         limit: Training rows kept at most, evenly over classes and kept columns.
         test_limit: The same for test rows.
-        seed: Of the split and the limits.
+        validation_fraction: Share of the training rows, after ``limit``, that is held out for choosing settings, evenly
+            over classes and kept columns; no client trains on it. 0 for none.
+        seed: Of the splits and the limits.
+        labels: Classes in this order; empty for those that the training rows have. A node takes the server's, which
+            its own rows may have a part of only.
     """
 
     source: str
@@ -57,7 +61,9 @@ class DataSettings:
     split: str = "train"
     limit: int | None = None
     test_limit: int | None = None
+    validation_fraction: float = 0.0
     seed: int = 0
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,10 @@ class Table:
         train: Rows that are divided among clients.
         test: Rows that the server evaluates on.
         label_names: Class -> its name; empty where there are no classes.
+        validation: Rows held out of the training data for choosing settings; ``None`` where none were asked for.
     """
 
     train: Rows
     test: Rows
     label_names: tuple[str, ...] = ()
+    validation: Rows | None = None

@@ -75,7 +75,7 @@ def breakdown(profile: MemoryProfile, plan: Plan) -> Breakdown:
         "head": sum(profile.head.values()),
         "batch": profile.batch_bytes,
         "adapters": sum(parts.adapter_bytes(block) for block in parts.blocks),
-        "optimiser": sum(parts.state_bytes(size) for size in parts.trained_sizes),
+        "optimiser": parts.optimiser_bytes,
         "gradients": parts.gradients_at(top),
     }
     return Breakdown(
@@ -133,9 +133,9 @@ def _scoring_bytes(profile: MemoryProfile, plan: Plan) -> int:
     head = frozenset(profile.head) if profile.head_trained else frozenset()
     scoring = replace(plan, trainable=plan.scored | head, scored=frozenset())
     parts = Assembly(profile, scoring)
-    state = sum(parts.state_bytes(size) for size in parts.trained_sizes)
     passes = ("pre", "forward", "head", "backward")
-    return max(m.peak for m in moments(profile, scoring) if m.part in passes) - state + sum(parts.trained_sizes)
+    highest = max(moment.peak for moment in moments(profile, scoring) if moment.part in passes)
+    return highest - parts.optimiser_bytes + sum(parts.trained_sizes)
 
 
 def _flops(profile: MemoryProfile, plan: Plan) -> int:

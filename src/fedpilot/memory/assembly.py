@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedpilot import lora
+from fedpilot import base_deltas, lora
 from fedpilot.errors import PlanError
-from fedpilot.memory.profile import BlockTrace, MemoryProfile, MicroTrace, Segment, state_key
+from fedpilot.memory.profile import BlockTrace, MemoryProfile, MicroTrace, Segment, state_key, whole_key
 from fedpilot.types import Plan
 
 
@@ -57,14 +57,22 @@ def moments(profile: MemoryProfile, plan: Plan) -> Iterator[Moment]:
         now += int(backward.net @ ranks)
     sizes, optimiser = parts.trained_sizes, profile.optimiser
     yield Moment("clip", None, now + optimiser.clip[0] + optimiser.clip[1] * len(sizes))
-    yield Moment("optimiser", None, now + optimiser.left + scratch_bytes(profile, sizes))
+    if profile.by_example:
+        now -= parts.micro_batch * sum(parts.trained_sizes)
+    yield Moment("optimiser", None, now + optimiser.left + scratch_bytes(profile, parts.line_sizes, parts.whole))
 
 
-def scratch_bytes(profile: MemoryProfile, sizes: Sequence[int]) -> int:
-    """Scratch of the optimiser over tensors of so many bytes, in its order."""
+def scratch_bytes(profile: MemoryProfile, sizes: Sequence[int], whole: Sequence[str] = ()) -> int:
+    """Scratch of the optimiser over tensors of so many bytes, in its order, and whole weights of these shapes."""
     pairs = list(pairwise([0, *sizes]))
-    moments = (own * n + before * last + rest for own, before, rest in profile.optimiser.scratch for last, n in pairs)
-    return max(moments, default=0)
+    moments = [own * n + before * last + rest for own, before, rest in profile.optimiser.scratch for last, n in pairs]
+    return max([*moments, *(profile.optimiser.whole[key][1] for key in whole)], default=0)
+
+
+def state_bytes(profile: MemoryProfile, sizes: Sequence[int], whole: Sequence[str] = ()) -> int:
+    """Optimiser state of tensors of so many bytes, and of whole weights of these shapes."""
+    factor, constant = profile.optimiser.state
+    return sum(factor * size + constant for size in sizes) + sum(profile.optimiser.whole[key][0] for key in whole)
 
 
 class Assembly:
@@ -77,7 +85,9 @@ class Assembly:
         first: Position of the lowest trained block in ``blocks``; their number if none is trained.
         ranks: Block -> (1 + kinds,) its ranks after a 1.
         states: Block -> its trace in its role.
-        trained_sizes: Bytes of the trained tensors in the optimiser's order.
+        trained_sizes: Bytes of the trained tensors.
+        line_sizes: Those of pairs and head, whose optimiser state follows from their size, in the optimiser's order.
+        whole: Shapes of the weights that are trained whole, as `whole_key` names them.
         standing: Bytes alive when a pass begins.
     """
 
@@ -90,12 +100,16 @@ class Assembly:
         self.no_ranks = np.eye(1, 1 + len(profile.kinds), dtype=np.int64)[0]
         self.ranks = {block: self.no_ranks.copy() for block in self.blocks}
         self._sizes: dict[int, list[int]] = {block: [] for block in self.blocks}
+        self._whole: dict[int, list[str]] = {block: [] for block in self.blocks}
+        self._line: dict[int, list[int]] = {block: [] for block in self.blocks}
         self._patterns: dict[int, list[str]] = {block: [] for block in self.blocks}
         for module, facts in profile.modules.items():
             if facts.block in self.ranks:
                 self._add(module, plan)
         self._head_sizes = [size for name, size in profile.head.items() if name in plan.trainable]
         self.trained_sizes = [size for sizes in self._sizes.values() for size in sizes] + self._head_sizes
+        self.line_sizes = [size for sizes in self._line.values() for size in sizes] + self._head_sizes
+        self.whole = [key for keys in self._whole.values() for key in keys]
         trained = [position for position, block in enumerate(self.blocks) if self._sizes[block]]
         self.first = trained[0] if trained else len(self.blocks)
         self.states = {block: self._state(position, plan) for position, block in enumerate(self.blocks)}
@@ -106,8 +120,14 @@ class Assembly:
         sizes = {"A": rank * facts.in_features * unit, "B": rank * facts.out_features * unit}
         letters = [letter for letter in "AB" if f"{module}.lora_{letter}" in plan.trainable]
         self.ranks[facts.block][1 + facts.kind] = rank
+        self._line[facts.block] += [sizes[letter] for letter in letters]
         self._sizes[facts.block] += [sizes[letter] for letter in letters]
-        self._patterns[facts.block].append("" if not rank else "".join(letters) or "-")
+        if base_deltas.weight_name(module) in plan.trainable:
+            self._whole[facts.block].append(whole_key(facts.out_features, facts.in_features))
+            self._sizes[facts.block].append(facts.out_features * facts.in_features * unit)
+            self._patterns[facts.block].append("W")
+        else:
+            self._patterns[facts.block].append("" if not rank else "".join(letters) or "-")
 
     def _state(self, position: int, plan: Plan) -> BlockTrace:
         block = self.blocks[position]
@@ -132,13 +152,13 @@ class Assembly:
         profile = self.profile
         weights = profile.base_bytes + sum(profile.block_bytes[block] for block in self.blocks)
         adapters = sum(self.adapter_bytes(block) for block in self.blocks)
-        state = sum(self.state_bytes(size) for size in self.trained_sizes)
+        state = self.optimiser_bytes
         return weights + sum(profile.head.values()) + profile.batch_bytes + adapters + state
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step has several passes, so that gradients stand during the forward pass."""
-        return self.micro_batch < self.profile.batch
+        """Whether gradients, or sums of them, stand during the forward pass: a step has several, or clips each."""
+        return self.micro_batch < self.profile.batch or self.profile.by_example
 
     @property
     def standing(self) -> int:
@@ -150,10 +170,10 @@ class Assembly:
         """Bytes of all pairs that the block holds."""
         return pair_bytes(self.profile, block, self.ranks[block])
 
-    def state_bytes(self, size: int) -> int:
-        """Optimiser state of a tensor of so many bytes."""
-        factor, constant = self.profile.optimiser.state
-        return factor * size + constant
+    @property
+    def optimiser_bytes(self) -> int:
+        """Optimiser state of all trained tensors."""
+        return state_bytes(self.profile, self.line_sizes, self.whole)
 
     def _holders(self, shared: int) -> list[int]:
         return [p for p, block in enumerate(self.blocks) if p >= self.first and shared in self.states[block].holds]
@@ -194,7 +214,7 @@ class Assembly:
             weights=self.profile.block_bytes[block],
             adapters=self.adapter_bytes(block),
             gradients=sum(self._sizes[block]),
-            optimiser=sum(self.state_bytes(size) for size in self._sizes[block]),
+            optimiser=state_bytes(self.profile, self._line[block], self._whole[block]),
             saved=int(self.states[block].forward.net @ self.ranks[block]),
             forward_peak=highest["forward"],
             backward_peak=highest.get("backward", 0),
@@ -225,8 +245,6 @@ def lookup(
         PlanError: It was not traced.
     """
     key = state_key(profile.groups[block], first, role, checkpointed, pattern)
-    if key not in trace.blocks and first:  # a block that comes first only because others are not loaded
-        key = state_key(profile.groups[0], True, role, checkpointed, pattern)
     if key not in trace.blocks:
         raise PlanError(
             f"a plan must treat block {block} in a way that was traced, got {role}, "
@@ -253,7 +271,9 @@ def check(profile: MemoryProfile, plan: Plan) -> None:
             raise PlanError(f"the rank of {module} must be at least 1, got {rank}; leave the module out instead")
         if plan.blocks is not None and profile.modules[module].block not in plan.blocks:
             raise PlanError(f"{module} must lie in a loaded block {plan.blocks}, got its rank; leave the module out")
-    held = {*lora.names(plan.ranks), *profile.head}
+    loaded = blocks if plan.blocks is None else plan.blocks
+    bare = (m for m, facts in profile.modules.items() if m not in plan.ranks and facts.block in loaded)
+    held = {*lora.names(plan.ranks), *profile.head, *map(base_deltas.weight_name, bare)}
     stray = sorted((plan.trainable | plan.scored) - held)
     if stray:
         raise PlanError(f"a trainable or scored tensor must be one that the plan holds, got {stray[0]}; give it a rank")

@@ -26,6 +26,8 @@ class StepProgram:
             A before B, then the head. The optimiser has its tensors in this order.
         step: One whole optimiser step over all micro-batches; can be called twice.
         batch: The tensors of ``resident`` that are the batch; only reports need it.
+        sums: One tensor as large as each trained one that stands through the step beside ``resident``, where gradients
+            are kept by example.
         context: What the step must run in; a ``FakeTensorMode`` for fake tensors.
     """
 
@@ -34,13 +36,14 @@ class StepProgram:
     parameters: Mapping[str, torch.Tensor]
     step: Callable[[], None]
     batch: Sequence[torch.Tensor] = ()
+    sums: Sequence[torch.Tensor] = ()
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
 def measure_peak(program: StepProgram) -> int:
     """Highest live bytes over two steps; in the second the optimiser's state stands."""
     counter = LiveStorages()
-    counter.hold(program.resident)
+    counter.hold([*program.resident, *program.sums])
     with program.context(), counter.counting():
         program.step()
         program.step()

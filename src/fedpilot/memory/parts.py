@@ -1,6 +1,6 @@
 """Cuts a recorded step into its parts, each as a small matrix of bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -100,15 +100,26 @@ class Parts:
         holds = frozenset(self.recording.holds.get((self._micro, block), ()))
         return BlockTrace(self.segment("forward", block), late, self.segment("backward", block), holds)
 
-    def scratch(self) -> set[tuple[int, int, int]]:
-        """The optimiser's moments as multiples of the updated tensor, the one before, and a constant."""
+    def scratch(self, whole: Collection[int] = ()) -> set[tuple[int, int, int]]:
+        """The optimiser's moments as multiples of the updated tensor, the one before, and a constant.
+
+        Args:
+            whole: Indices of trained tensors that are left out: see `whole_scratch`.
+        """
+        return {self._multiples(owner, alive) for owner, alive in self._optimiser_moments() if owner not in whole}
+
+    def whole_scratch(self, index: int) -> int:
+        """Most bytes that the optimiser has made and not yet freed while it updates a trained tensor."""
+        sums = (sum(s.num_bytes for s in alive) for owner, alive in self._optimiser_moments() if owner == index)
+        return max(sums, default=0)
+
+    def _optimiser_moments(self) -> Iterator[tuple[int, list[Storage]]]:
+        """After each of the optimiser's operators: the tensor that is updated, and what the optimiser made."""
         start, end = self._spans.get(Part("optimiser", self._spans_micro("optimiser")), (0, 0))
         made = [s for s in self.recording.storages if s.part.kind == "optimiser"]
-        result = set()
         for operator in range(start, end):
             alive = [s for s in made if s.birth <= 2 * operator + 1 and (s.end is None or s.end > 2 * operator + 1)]
-            result.add(self._multiples(self.recording.owners[operator], alive))
-        return result
+            yield self.recording.owners[operator], alive
 
     def _multiples(self, owner: int, alive: Sequence[Storage]) -> tuple[int, int, int]:
         own = previous = constant = 0

@@ -8,11 +8,12 @@ exact for every rank.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 
+from fedpilot import base_deltas
 from fedpilot.errors import ModelError, PlanError
 from fedpilot.memory.assembly import moments
 from fedpilot.memory.counting import StepProgram, measure_peak
@@ -25,6 +26,7 @@ from fedpilot.memory.profile import (
     OptimiserTrace,
     Segment,
     state_key,
+    whole_key,
 )
 from fedpilot.memory.recording import record
 from fedpilot.types import ModelSpec, Plan
@@ -65,6 +67,7 @@ class _Findings:
     left: list[int] = field(default_factory=list)
     state: set[tuple[int, int]] = field(default_factory=set)
     scratch: set[tuple[int, int, int]] = field(default_factory=set)
+    whole: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def trace(
@@ -84,8 +87,8 @@ def trace(
         spec: The model.
         batch: Examples of an optimiser step.
         micro_batches: Examples of a forward pass, each a divisor of ``batch``; empty for the whole batch only.
-        patterns: What a trained block trains, each in all its modules: ``AB``, ``A`` or ``B``; or ``/`` between one
-            entry a module, as in ``AB/-/B`` (``-`` for a frozen pair, nothing for no pair).
+        patterns: What a trained block trains, each in all its modules: ``AB``, ``A``, ``B`` or ``W``, the whole weight;
+            or ``/`` between one entry a module, as in ``AB/-/B`` (``-`` for a frozen pair, nothing for no pair).
         checkpointing: Whether to trace blocks that are recomputed too.
         train_head: Whether every plan trains the head, if there is one.
 
@@ -146,6 +149,12 @@ class _Prober:
         self.kinds_of = [tuple(self.kind_of[module] for module in modules) for modules in self.modules_of]
 
         self._top = max(spec.block_of.values())
+        self._shapes = {base_deltas.weight_name(module): whole_key(*shape) for module, shape in spec.modules.items()}
+        self._untrained = ("",) if all(set(p) <= set("W/") for p in patterns) else ("-", "")
+
+    def _whole_shapes(self, plan: Plan) -> set[str]:
+        """Shapes of the weights that a plan trains whole."""
+        return {self._shapes[name] for name in plan.trainable if name in self._shapes}
 
     def first_plan(self, micro_batch: int) -> Plan:
         """All blocks loaded, the highest adapted one trained."""
@@ -172,7 +181,9 @@ class _Prober:
         trainable = set(self._head)
         for block, treatment in treatments.items():
             for module, trained in zip(self.modules_of[block], treatment.pattern, strict=True):
-                if trained:
+                if trained == "W":
+                    trainable.add(base_deltas.weight_name(module))
+                elif trained:
                     ranks[module] = self.primes[self.kind_of[module]]
                 trainable |= {f"{module}.lora_{letter}" for letter in trained if letter in "AB"}
         kept = frozenset(block for block, treatment in treatments.items() if treatment.checkpointed)
@@ -189,15 +200,19 @@ class _Prober:
             whole: Whether to look at the optimiser too.
         """
         findings = _Findings()
-        for number, treatments in enumerate(self._schedule(groups)):
-            warm = whole and number < 2  # scratch needs the optimiser's state, clipping two numbers of trained tensors
-            program = self._program_for(self._plan(treatments, micro_batch), micro_batch)
+        for number, treatments in enumerate(chain(self._schedule(groups), self._stand_ins(groups))):
+            plan = self._plan(treatments, micro_batch)
+            # Scratch needs the optimiser's state, clipping two numbers of trained tensors.
+            warm = whole and (number < 2 or not self._whole_shapes(plan) <= findings.whole.keys())
+            program = self._program_for(plan, micro_batch)
             recording = record(program, warm=warm, passes=None if warm else 1 + second)
             parts = Parts(recording, [self.primes[kind] for kind in self.kinds], int(second))
-            head = [program.parameters[name].untyped_storage().nbytes() for name in self._head]
-            self._sort(parts, findings, groups, treatments, sum(head) if second else 0)
+            dense = self._head | (plan.trainable & self._shapes.keys())
+            gradients = [program.parameters[name].untyped_storage().nbytes() for name in dense]
+            stand = second and not program.sums  # sums stand from the beginning: they are no pass's
+            self._sort(parts, findings, groups, treatments, sum(gradients) if stand else 0)
             if warm:
-                self._sort_optimiser(parts, findings)
+                self._sort_optimiser(parts, findings, micro_batch if program.sums else 0)
         return findings
 
     def _sort(
@@ -208,7 +223,7 @@ class _Prober:
         treatments: Mapping[int, _Treatment],
         gradients: int,
     ) -> None:
-        """Sorts a probe's parts; ``gradients`` are the bytes of the head's that stand when the pass begins."""
+        """Sorts a probe's parts; ``gradients`` are the bytes of dense ones that stand when the pass begins."""
         if findings.pre is None:  # the first probe trains the last block only: hardly anything holds what is shared
             findings.pre, findings.shared = parts.segment("pre"), parts.shared
             findings.before = parts.before - gradients
@@ -217,16 +232,23 @@ class _Prober:
         elif findings.head is None:
             findings.head = parts.segment("head")
         for position, (block, treatment) in enumerate(sorted(treatments.items())):
-            key = state_key(groups[block], block == 0, treatment.role, treatment.checkpointed, treatment.pattern)
+            key = state_key(groups[block], position == 0, treatment.role, treatment.checkpointed, treatment.pattern)
             findings.blocks.setdefault(key, parts.block(position))
 
-    def _sort_optimiser(self, parts: Parts, findings: _Findings) -> None:
+    def _sort_optimiser(self, parts: Parts, findings: _Findings, by_example: int) -> None:
+        """Sorts clipping and the optimiser; clipping drops ``by_example`` gradients of each tensor."""
         recording, clip = parts.recording, parts.segment("clip")
         size = len(recording.trained)
         findings.clip[size] = max(findings.clip.get(size, 0), clip.peak(parts.no_ranks))
-        findings.left.append(int(clip.net[0]))
-        findings.state |= set(zip(recording.trained, recording.state, strict=True))
-        findings.scratch |= parts.scratch()
+        dropped = by_example * sum(recording.trained)
+        net = clip.net @ np.array([1, *self.primes.values()]) if by_example else clip.net[0]
+        findings.left.append(int(net) + dropped)
+        keys = [self._shapes.get(name) for name in recording.names]
+        whole = [index for index, key in enumerate(keys) if key is not None]
+        findings.whole |= {keys[i] or "": (recording.state[i], parts.whole_scratch(i)) for i in whole}
+        line = [i for i in range(size) if i not in whole]
+        findings.state |= {(recording.trained[i], recording.state[i]) for i in line}
+        findings.scratch |= parts.scratch(whole)
 
     def _schedule(self, groups: Sequence[int]) -> Iterator[dict[int, _Treatment]]:
         """Treatments of few blocks at a time, probe by probe, until each structure was seen in each role.
@@ -252,6 +274,18 @@ class _Prober:
                     missing.pop((group, block == 0, treatments[block]), None)
             yield treatments
 
+    def _stand_ins(self, groups: Sequence[int]) -> Iterator[dict[int, _Treatment]]:
+        """Structures unlike the first block's next to the input, where shallow models that leave it out have them."""
+        lowest_of = {group: block for block, group in reversed(list(enumerate(groups))) if group != groups[0]}
+        for block in lowest_of.values():
+            for treatment in self._roles(block, len(groups)):
+                if treatment.role == "lowest":
+                    yield {block: treatment}
+                elif treatment.role == "below" and block < self._top:
+                    yield {block: treatment, self._top: self._default(self._top, "lowest")}
+                elif treatment.role == "below" and self._head:
+                    yield {block: treatment}
+
     def _next_lowest(self, groups: Sequence[int], missing: Mapping[tuple[int, bool, _Treatment], None]) -> int | None:
         """The lowest block with which the next probe shows something new; low ones first, for they show most."""
         open_roles = [(group, first, treatment.role) for group, first, treatment in missing]
@@ -268,7 +302,7 @@ class _Prober:
     def _roles(self, block: int, num_blocks: int) -> Iterator[_Treatment]:
         count = len(self.modules_of[block])
         trained = [pattern_parts(pattern, count) for pattern in self._patterns]
-        untrained = [("-",) * count, ("",) * count] if count else [()]
+        untrained = [(part,) * count for part in self._untrained] if count else [()]
         if block < num_blocks - 1 or self._head:
             yield from (_Treatment("below", kept, pattern) for pattern in untrained for kept in self._kept)
         if count:
@@ -279,7 +313,7 @@ class _Prober:
 
     def _default(self, block: int, role: str) -> _Treatment:
         count = len(self.modules_of[block])
-        pattern = pattern_parts(self._patterns[0], count) if role == "lowest" else ("-",) * count
+        pattern = pattern_parts(self._patterns[0], count) if role == "lowest" else self._untrained[:1] * count
         return _Treatment(role, False, pattern)
 
 
@@ -293,9 +327,9 @@ def pattern_parts(pattern: str, count: int) -> tuple[str, ...]:
         PlanError: Wrong number of entries, or an unknown one.
     """
     parts = tuple(pattern.split("/")) if "/" in pattern else (pattern,) * count
-    if len(parts) != count or any(part not in ("AB", "A", "B", "-", "") for part in parts):
+    if len(parts) != count or any(part not in ("AB", "A", "B", "W", "-", "") for part in parts):
         raise PlanError(
-            f"a pattern must give AB, A, B, - or nothing for each of a block's {count} modules, got {pattern!r}; "
+            f"a pattern must give AB, A, B, W, - or nothing for each of a block's {count} modules, got {pattern!r}; "
             "name one for all, or one a module between slashes"
         )
     return parts
@@ -343,7 +377,7 @@ def _standing(
 ) -> MemoryProfile:
     """The profile's part that stands through a step."""
     seen: set[int] = set()
-    pairs = {name: t for name, t in program.parameters.items() if name not in spec.head}
+    pairs = {name: t for name, t in program.parameters.items() if name.endswith((".lora_A", ".lora_B"))}
     _storage_bytes(list(pairs.values()), seen)
     head = {name: _storage_bytes([program.parameters[name]], seen) for name in spec.head}
     batch_bytes = _storage_bytes(program.batch, seen)
@@ -362,7 +396,8 @@ def _standing(
         base_bytes=_storage_bytes(program.resident, seen),
         block_bytes=block_bytes,
         batch_bytes=batch_bytes,
-        element_bytes=next(iter(pairs.values())).element_size(),
+        by_example=bool(program.sums),
+        element_bytes=next((tensor.element_size() for tensor in pairs.values()), 4),
         optimiser=OptimiserTrace((0, 0), (), (0, 0), 0),
     )
 
@@ -379,11 +414,19 @@ def _optimiser(found: _Findings) -> OptimiserTrace:
     scratch = highest(np.array(sorted(found.scratch), dtype=np.int64).reshape(-1, 3))
     per_tensor, constant = _line(sorted(found.clip.items()))
     return OptimiserTrace(
-        state=_line(sorted(found.state)),
+        state=_state(sorted(found.state)),
         scratch=tuple((int(own), int(before), int(rest)) for own, before, rest in scratch),
         clip=(constant, per_tensor),
         left=max(found.left),
+        whole=found.whole,
     )
+
+
+def _state(points: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """`_line` through (bytes of a tensor, bytes of its state); of a single size, as many whole copies as there are."""
+    if len(sizes := {size for size, _ in points}) == 1 and 0 not in sizes:
+        return divmod(max(state for _, state in points), sizes.pop())
+    return _line(points)
 
 
 def _line(points: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -91,12 +91,15 @@ class OptimiserTrace:
         scratch: (own, previous, constant) triples; scratch is the largest ``own * n + previous * n_before + constant``.
         clip: (constant, per tensor) bytes of clipping.
         left: Bytes that come with clipping and stand while the optimiser runs, less what ends there.
+        whole: (state, scratch) bytes of a weight that is trained whole, by `whole_key` of its shape: they follow from
+            its sides and the rank of a projection, not from its size.
     """
 
     state: tuple[int, int]
     scratch: tuple[tuple[int, int, int], ...]
     clip: tuple[int, int]
     left: int
+    whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class MemoryProfile:
         element_bytes: Of an entry of A and B.
         optimiser: Its state and scratch.
         micro: Micro-batch -> trace.
+        by_example: Whether gradients are kept by example: sums of the trained tensors' size stand through the step, and
+            a gradient of each example of the last micro-batch stands until clipping ends.
         overhead_bytes: Measured on a device by ``calibrate``: context, workspaces, rounding.
     """
 
@@ -141,6 +146,7 @@ class MemoryProfile:
     element_bytes: int
     optimiser: OptimiserTrace
     micro: Mapping[int, MicroTrace] = field(default_factory=dict)
+    by_example: bool = False
     overhead_bytes: int = 0
 
     def kinds_of(self, block: int) -> tuple[int, ...]:
@@ -183,16 +189,23 @@ class MemoryProfile:
                 scratch=tuple((own, previous, constant) for own, previous, constant in optimiser["scratch"]),
                 clip=(optimiser["clip"][0], optimiser["clip"][1]),
                 left=optimiser["left"],
+                whole={key: (state, scratch) for key, (state, scratch) in optimiser["whole"].items()},
             ),
             micro={int(size): _micro_from(trace) for size, trace in data["micro"].items()},
+            by_example=data["by_example"],
             overhead_bytes=data["overhead_bytes"],
         )
 
 
 _PLAIN = (
     *("kinds", "groups", "head", "head_trained", "batch", "base_bytes"),
-    *("block_bytes", "batch_bytes", "element_bytes", "overhead_bytes"),
+    *("block_bytes", "batch_bytes", "element_bytes", "by_example", "overhead_bytes"),
 )
+
+
+def whole_key(out_features: int, in_features: int) -> str:
+    """Name of a shape in `OptimiserTrace.whole`."""
+    return f"{out_features}x{in_features}"
 
 
 def state_key(group: int, first: bool, role: str, checkpointed: bool, pattern: tuple[str, ...]) -> str:
@@ -203,8 +216,8 @@ def state_key(group: int, first: bool, role: str, checkpointed: bool, pattern: t
         first: Whether it is next to the input, whose embeddings the model itself holds too.
         role: ``below``, ``lowest`` or ``above`` the lowest trained block.
         checkpointed: Whether it is recomputed in the backward pass.
-        pattern: For each of its modules what is trained: ``AB``, ``A``, ``B``, ``-`` for a frozen pair and the
-            empty text for no pair.
+        pattern: For each of its modules what is trained: ``AB``, ``A``, ``B``, ``W`` for the whole weight, ``-`` for a
+            frozen pair and the empty text for no pair.
     """
     place = "first" if first else "later"
     kept = "checkpointed" if checkpointed else "plain"

@@ -45,6 +45,7 @@ class Recording:
         owners: (num_operators,) in the optimiser's part the index of the tensor that is updated.
         flops: (operator, floating-point operations) of those that have any.
         trained: Bytes of each trained tensor, in the optimiser's order.
+        names: Global name of each trained tensor.
         state: Bytes of optimiser state of each trained tensor.
         holds: (micro, block) -> indices of shared storages that the block keeps for its backward pass, see ``shared``.
         outputs: What the last block hands to the head, of each micro-batch.
@@ -56,6 +57,7 @@ class Recording:
     flops: list[tuple[int, int]] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     state: list[int] = field(default_factory=list)
     holds: dict[tuple[int, int], set[int]] = field(default_factory=dict)
     outputs: list[Storage] = field(default_factory=list)
@@ -90,7 +92,7 @@ def record(program: StepProgram, *, warm: bool, passes: int | None = None) -> Re
         passes: Forward and backward passes after which to stop; ``None`` for the whole step.
     """
     recorder = _Recorder(program, passes)
-    recorder.hold(program.resident)
+    recorder.hold([*program.resident, *program.sums])
     with program.context(), recorder.hooks(), recorder.counting():
         if warm:
             program.step()
@@ -115,6 +117,7 @@ class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
         self._storages: dict[int, Storage] = {}
         self._kept: dict[tuple[int, int], list[Storage]] = {}
         self._params: dict[int, int] = {}
+        self._names = {id(tensor): name for name, tensor in program.parameters.items()}
         self._part = Part("pre", 0)
         self._now = 0
         self._owner = -1
@@ -209,6 +212,7 @@ class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
             for tensor in (parameter, parameter.grad, *state):
                 self._params[tensor.untyped_storage()._cdata] = index
         self.recording.trained = [p.untyped_storage().nbytes() for p in trained]
+        self.recording.names = [self._names.get(id(p), "") for p in trained]
 
     def _leave_optimiser(self, optimiser: Optimizer, args: object, kwargs: object) -> None:
         trained = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedpilot.errors import PlanError
 from fedpilot.memory.assembly import check, lookup, pair_bytes, scratch_bytes
 from fedpilot.memory.probing import pattern_parts
 from fedpilot.memory.profile import BlockTrace, MemoryProfile
@@ -36,8 +37,10 @@ def cost_table(
         pattern: What a trained block trains, as given to `trace`.
 
     Raises:
-        PlanError: Something was not traced.
+        PlanError: Something was not traced, or the pattern trains whole weights.
     """
+    if "W" in pattern:
+        raise PlanError(f"a cost table's pattern must train pairs, got {pattern!r}; price such plans with peak_bytes")
     return _Lowering(profile, checkpointing, micro_batch or profile.batch, adapter_rank, pattern).table(tuple(ranks))
 
 
@@ -87,7 +90,7 @@ class _Lowering:
         self._profile, self._pattern, self._adapter_rank = profile, pattern, adapter_rank
         self._kept = (False, True) if checkpointing else (False,)
         self._trace = profile.micro[micro_batch]
-        self._accumulates = micro_batch < profile.batch
+        self._accumulates = micro_batch < profile.batch or profile.by_example
         self._passes = profile.batch // micro_batch
         self._blocks = range(len(profile.groups))
         self._no_ranks = np.eye(1, 1 + len(profile.kinds), dtype=np.int64)[0]

@@ -8,6 +8,7 @@ is trained in place instead of in a second copy, ranks differ by module under on
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from fedpilot import base_deltas, lora, training
 from fedpilot.errors import ModelError
 from fedpilot.memory import StepProgram
 from fedpilot.model.loading import Base, Device, ModelSettings, find_blocks, find_targets, load_base, some
+from fedpilot.model.prefix import Prefix, PrefixCache, key_of
+from fedpilot.privacy import NoisySum
 from fedpilot.training import IGNORED, Batch, TrainingSettings
 from fedpilot.types import BaseDelta, Deployment, ModelSpec, Plan, StepKind, Task, Tensors
 
@@ -74,10 +77,15 @@ class AdaptedModel:
         self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
         self._pristine: dict[str, torch.Tensor] = {}
         self._base: BaseDelta | None = None
+        self._starts: dict[str, torch.Tensor] = {}  # first bits of the weights that are trained whole
         self._tuner: LoraModel | None = None
         self._ranks: dict[str, int] = {}
         self._live: dict[str, nn.Parameter] = {name: self._parameters[name] for name in base.head}
         self.plan: Plan | None = None
+        self._below = _modules_before(self.base, path)
+        self._base_number = 0
+        self._cache: PrefixCache | None = None
+        self._prefix: Prefix | None = None
         self._copy(base.head)
 
     @property
@@ -107,12 +115,31 @@ class AdaptedModel:
         return list(getattr(self._block_owner, self._block_attribute))
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """Live adapter and head parameters by global name."""
+        """Live adapter and head parameters and weights that are trained whole, by global name."""
         return dict(self._live)
 
     def read(self) -> Tensors:
-        """Copies of all loaded adapter and head tensors, on the CPU."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._live.items()}
+        """Copies of all loaded adapter and head tensors, on the CPU; of a weight that is trained whole, its change.
+
+        A change is (out, in) and float32, whatever the layout of the weight.
+        """
+        return {name: self._copy_of(name, parameter.detach()) for name, parameter in self._live.items()}
+
+    def factored(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
+        """Changes of weights as a base delta's pairs, on the CPU; given as (left, right) in the weight's own layout."""
+        pairs: dict[str, torch.Tensor] = {}
+        for name, (left, right) in factors.items():
+            module = name.removesuffix(".weight")
+            b, a = (right.T, left.T) if name in self._transposed else (left, right)
+            pairs[base_deltas.a_name(module)] = a.detach().to("cpu", copy=True).contiguous()
+            pairs[base_deltas.b_name(module)] = b.detach().to("cpu", copy=True).contiguous()
+        return pairs
+
+    def _copy_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in self._starts:
+            return tensor.to("cpu", copy=True)
+        change = tensor.to("cpu") - self._starts[name]
+        return change.T.contiguous() if name in self._transposed else change
 
     def load(self, task: Task) -> None:
         """Makes the model the one that a task describes.
@@ -122,6 +149,7 @@ class AdaptedModel:
         """
         plan = task.plan
         self._install(plan.ranks, task.tensors, task.base_delta, plan.blocks)
+        self._open_weights(plan)
         self.set_trainable(plan.trainable)
         self._set_checkpointed(plan.checkpointed)
         self.plan = plan
@@ -134,6 +162,50 @@ class AdaptedModel:
         self.set_trainable(frozenset())
         self._set_checkpointed(frozenset())
         self.plan = None
+
+    @property
+    def has_frozen_dropout(self) -> bool:
+        """Whether blocks or embeddings drop anything out while they train."""
+        options: Mapping[str, object] = self.base.config.to_dict()  # type: ignore[operator,union-attr]
+        above = ("classifier", "seq_classif", "summary")
+        rates = [value for name, value in options.items() if "drop" in name and not name.startswith(above)]
+        return any(isinstance(rate, int | float) and rate > 0 for rate in [*rates, self.settings.lora_dropout])
+
+    def train(self, trainable: frozenset[str], *, frozen_dropout: bool) -> None:
+        """Switches dropout on; without ``frozen_dropout`` only in and above the lowest block with a trained tensor."""
+        self.base.train()
+        if not frozen_dropout:
+            for module in (*self._below, *self.blocks[: self._depth(trainable)]):
+                module.eval()
+
+    def remember_prefix(self, trainable: frozenset[str], max_bytes: int) -> None:
+        """From here to the next load, blocks below the lowest trained one run once an example, within the bound.
+
+        What is remembered lasts as long as the model: another client's turn, or a later round, with the same tensors
+        in these blocks finds it again. Dropout must be off there; 0 bytes switch it off.
+        """
+        depth = self._depth(trainable)
+        self._prefix = None
+        if not max_bytes or not depth:
+            return
+        if self._cache is None or self._cache.max_bytes != max_bytes:
+            self._cache = PrefixCache(max_bytes)
+        blocks = self.blocks
+        chosen = [self._blocks.index(block) for block in blocks[:depth]]
+        below = {n: p for n, p in self._live.items() if self.spec.block_of.get(n.rpartition(".")[0], -1) in chosen}
+        self._prefix = Prefix(blocks, depth, self._cache, key_of(below, chosen, self._base_number))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What is remembered of frozen prefixes."""
+        return self._cache
+
+    def _depth(self, trainable: frozenset[str]) -> int:
+        """How many of the running blocks lie below the lowest one with a trained tensor."""
+        owners = (name.rpartition(".")[0] for name in trainable)
+        lowest = min((self.spec.block_of[name] for name in owners if name in self.spec.block_of), default=None)
+        blocks = self.blocks
+        return len(blocks) if lowest is None else blocks.index(self._blocks[lowest])
 
     def eval_recomputing(self) -> None:
         """Switches dropout off, but leaves recomputed blocks recomputing, which transformers does in training alone."""
@@ -157,6 +229,18 @@ class AdaptedModel:
     def logits(self, batch: Batch) -> torch.Tensor:
         """(examples, classes), or (examples, length, words) of a language model."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if self._prefix is None:
+            return self._forward(inputs)
+        self._prefix.prepare(inputs, self._forward)
+        whole = getattr(self._block_owner, self._block_attribute)
+        setattr(self._block_owner, self._block_attribute, self._prefix.rest)
+        try:
+            return self._forward(inputs)
+        finally:
+            setattr(self._block_owner, self._block_attribute, whole)
+            self._prefix.clear()
+
+    def _forward(self, inputs: Batch) -> torch.Tensor:
         with training.arithmetic(self.settings.dtype, self.device.type):
             logits: torch.Tensor = self.base(**inputs, **self._inputs).logits
         return logits
@@ -182,18 +266,24 @@ class AdaptedModel:
             micro_batch: Examples of a forward pass.
             kind: Of the step, where it is not plain LoRA's.
         """
+        if kind is not None and kind.projection is not None and not self.has_storage:
+            # Tracing is to see the step that costs most: one that renews its projectors.
+            kind = replace(kind, projection=replace(kind.projection, gap=1))
         shapes = lora.shapes(self.spec, plan.ranks)
         if self.has_storage:
             tensors = lora.init(self.spec, plan.ranks, np.random.default_rng(0))
         else:
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         self.load(Task(plan, tensors))
-        self.base.train()
+        self.train(plan.trainable, frozen_dropout=settings.frozen_dropout)
         with self.mode:
             batch = self.made_up_batch(settings.batch_size)
             pieces = training.micro_batches(batch, micro_batch or plan.micro_batch)
             trained = {name: parameter for name, parameter in self._live.items() if name in plan.trainable}
-            train = training.make_step(self.loss, trained, settings, settings.learning_rate, kind=kind)
+            noisy = self.noisy_sum(trained, kind, settings.batch_size)
+            train = training.make_step(
+                self.loss, trained, settings, settings.learning_rate, kind=kind, head=self.spec.head, noisy=noisy
+            )
 
         def step() -> None:
             train(pieces)
@@ -205,12 +295,22 @@ class AdaptedModel:
             parameters=self.parameters_by_name(),
             step=step,
             batch=inputs,
+            sums=() if noisy is None else noisy.sums,
             context=lambda: self.mode,
         )
 
+    def noisy_sum(
+        self, trained: Mapping[str, nn.Parameter], kind: StepKind | None, expected_examples: float, seed: int = 0
+    ) -> NoisySum | None:
+        """What a private step of the kind sums clipped gradients in; ``None`` where the kind is not private."""
+        if kind is None or kind.private is None:
+            return None
+        return NoisySum(self.base, trained, kind.private, expected_examples=expected_examples, seed=seed)
+
     def resident(self) -> list[torch.Tensor]:
-        """Weights and buffers of the running model."""
-        return [*self.base.parameters(), *self.base.buffers()]
+        """Weights and buffers of the running model, and what is remembered of frozen prefixes."""
+        remembered = [] if self._cache is None else self._cache.tensors()
+        return [*self.base.parameters(), *self.base.buffers(), *remembered]
 
     def adapter_config(self, ranks: Mapping[str, int]) -> LoraConfig:
         """PEFT's description of adapters of these ranks: whole module paths throughout; alpha is ``scale * rank``.
@@ -262,6 +362,8 @@ class AdaptedModel:
     def _install(
         self, ranks: Mapping[str, int], tensors: Tensors, base_delta: BaseDelta, blocks: Sequence[int] | None
     ) -> None:
+        self._prefix = None
+        self._close_weights()
         check_tensors(self.spec, ranks, tensors)
         if blocks is not None:
             self._check_blocks(ranks, tuple(blocks))
@@ -332,7 +434,7 @@ class AdaptedModel:
         delta = base_deltas.total(base)
         for name in delta:
             self._check_change(name, delta[name])
-        self._base = base
+        self._base, self._base_number = base, self._base_number + 1
         for name, pristine in self._pristine.items():
             self._parameters[name].copy_(pristine)
         self._pristine = {name: self._parameters[name].detach().clone() for name in delta}
@@ -340,6 +442,40 @@ class AdaptedModel:
             change = change.T if name in self._transposed else change
             pristine = self._pristine[name]
             self._parameters[name].copy_(pristine.float() + change.to(pristine.device))
+
+    def _open_weights(self, plan: Plan) -> None:
+        """Makes the weights that a plan trains whole live parameters, behind all pairs and in the model's order."""
+        modules = [module for module in self.spec.modules if base_deltas.weight_name(module) in plan.trainable]
+        whole: dict[str, nn.Parameter] = {}
+        for module in modules:
+            name = base_deltas.weight_name(module)
+            if module in plan.ranks or not (plan.blocks is None or self.spec.block_of[module] in plan.blocks):
+                raise ModelError(
+                    f"a weight that is trained whole must lie in a loaded block and have no pair, got {name}; "
+                    "leave the module out of the plan's ranks"
+                )
+            if self._parameters[name].dtype != torch.float32:
+                raise ModelError(
+                    f"a weight that is trained whole must be float32, got {self._parameters[name].dtype} of {name}; "
+                    "set model.dtype = 'float32' (training.autocast = 'bf16' still computes in bf16)"
+                )
+            whole[name] = self._parameters[name]
+        pairs = {name: parameter for name, parameter in self._live.items() if name not in self.spec.head}
+        head = {name: self._parameters[name] for name in self.spec.head}
+        self._live = pairs | whole | head
+        if self.has_storage:
+            self._starts = {name: parameter.detach().to("cpu", copy=True) for name, parameter in whole.items()}
+
+    @torch.no_grad()
+    def _close_weights(self) -> None:
+        """Gives the weights that were trained whole their first bits back."""
+        for name, start in self._starts.items():
+            self._parameters[name].copy_(start)
+        self._starts = {}
+        for name in [name for name in self._live if name in self._parameters and name not in self.spec.head]:
+            parameter = self._live.pop(name)
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
     def _check_change(self, name: str, change: torch.Tensor) -> None:
         if name not in self._parameters or name in self.spec.head:
@@ -438,6 +574,13 @@ def _default_targets(base: Any) -> tuple[str, ...]:
     family = base.config.model_type
     known = _TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, ())
     return () if isinstance(known, str) else tuple(known)
+
+
+def _modules_before(base: nn.Module, path: str) -> list[nn.Module]:
+    """Modules that run before the blocks: those that stand before them and do not hold them."""
+    names = list(dict(base.named_modules()))
+    before = names[: names.index(path)]
+    return [base.get_submodule(name) for name in before if name and not f"{path}.".startswith(f"{name}.")]
 
 
 def _extra_inputs(base: Any, settings: ModelSettings) -> dict[str, bool]:
