@@ -1,4 +1,5 @@
 import re
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpilot.algorithms import ALGORITHMS
 from fedpilot.config import clients, population, schema, setup
-from fedpilot.config.recipe import SECTIONS, Recipe, load_recipe, read_recipe
+from fedpilot.config.recipe import SECTIONS, Recipe, load_recipe, method_names, method_recipe, read_recipe
 from fedpilot.config.schema import AT_LEAST_ONE, ByteSize
+from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.errors import ConfigError
 
 Tables = dict[str, dict[str, object]]
@@ -168,7 +171,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert all(problem.startswith("r.toml: ") for problem in found)
     for part in ("run.ronds", "run.seed", "model.rank", "learning_rate", "batch_size", "optimizer", "[modle]"):
         assert any(part in problem for problem in found), part
-    assert "did you mean 'fed-pilot'? known: fed-pilot, fedit, hetlora" in "\n".join(found)
+    assert f"did you mean 'fed-pilot'? known: {', '.join(sorted(ALGORITHMS))}" in "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_the_metric_follows_from_the_task_where_it_is_left_out() -> None:
 
 
 def test_every_section_is_a_field_of_the_recipe() -> None:
-    assert set(SECTIONS) == set(Recipe.__dataclass_fields__)
+    assert {*SECTIONS, "methods"} == set(Recipe.__dataclass_fields__)
 
 
 # --- setup --------------------------------------------------------------------------------------------------------
@@ -308,3 +311,70 @@ def test_columns_that_other_sections_name_are_kept() -> None:
 def test_a_metric_of_loss_is_better_when_it_is_lower() -> None:
     assert setup.goal(read(changed("evaluation", metric="loss/nyt"))).higher_is_better is False
     assert setup.goal(read(changed("evaluation", metric="accuracy"))).higher_is_better is True
+
+
+# --- methods of a comparison --------------------------------------------------------------------------------------
+
+
+def with_methods(**methods: dict[str, object]) -> Tables:
+    return {**smallest(), "methods": methods}  # type: ignore[dict-item]
+
+
+def test_a_method_is_an_algorithm_with_options_and_overrides_of_its_own() -> None:
+    table = {"name": "fedit", "participation": "exclusive", "set": ["training.learning_rate=2e-2", "model.rank=4"]}
+    recipe = read(with_methods(mine=table))
+    own = method_recipe(recipe, "mine", ["training.learning_rate=5e-2"])
+    assert own.algorithm == AlgorithmSettings("fedit", {"participation": "exclusive"})
+    assert (own.model.rank, own.training.learning_rate) == (4, 0.05)  # what is given later holds
+    assert (recipe.model.rank, recipe.training.learning_rate) == (8, 0.01)
+    assert own.methods == {}
+
+
+def test_a_method_without_a_section_is_the_recipes_own_or_the_defaults() -> None:
+    recipe = read({**with_methods(mine={"name": "fedit"}), "algorithm": {"name": "hetlora", "gamma": 0.5}})
+    assert method_recipe(recipe, "hetlora").algorithm.options == {"gamma": 0.5}
+    assert method_recipe(recipe, "fed-pilot").algorithm == AlgorithmSettings("fed-pilot")
+    assert method_names(recipe) == tuple(sorted({"mine", *ALGORITHMS}))
+
+
+def test_everything_that_is_wrong_with_methods_is_said_at_once() -> None:
+    found = problems(
+        with_methods(
+            one={"name": "fedti"},
+            two={"name": "fedit", "participation": "exclsive", "rnak": 3},
+            five={"name": "fedit", "set": "training.learning_rate=1"},
+        )
+    )
+    text = "\n".join(found)
+    assert "r.toml: methods.one.name must be a known algorithm" in text
+    assert "did you mean 'fedit'?" in text
+    assert "r.toml: methods.two.participation must be one of" in text
+    assert "r.toml: methods.two.rnak must be a known key" in text
+    assert "r.toml: methods.five.set must be a list of strings" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rat=1", "did you mean 'learning_rate'?"),
+        ("training.learning_rate=-1", "r.toml: methods.mine.set: training.learning_rate must be positive"),
+        ("data.seed=3", 'methods.mine.set must leave what all methods share, got "data.seed=3"'),
+        ("training.batch_size=3", "must leave what all methods share"),
+        ("run.seed=1", "must leave what all methods share"),
+        ("learning_rate=1", "methods.mine.set must be section.key=value"),
+    ],
+)
+def test_an_override_of_a_method_is_checked_where_it_stands(override: str, message: str) -> None:
+    assert message in "\n".join(problems(with_methods(mine={"name": "fedit", "set": [override]})))
+
+
+def test_methods_survive_writing_the_recipe_down() -> None:
+    recipe = read(with_methods(mine={"name": "fedit", "weights": "uniform", "set": ['training.schedule="cosine"']}))
+    assert read_recipe(tomllib.loads(recipe.to_toml()), "again.toml") == recipe
+
+
+def test_validation_data_must_be_there_to_be_evaluated_on() -> None:
+    (found,) = problems(changed("evaluation", on="validation"))
+    assert found == (
+        'r.toml: data.validation_fraction must be above 0 where evaluation.on is "validation", got 0.0; 0.1 is usual'
+    )

@@ -8,6 +8,7 @@ from fedpilot.client import ClientModel
 from fedpilot.config.population import Population
 from fedpilot.config.recipe import Recipe
 from fedpilot.model import AdaptedModel
+from fedpilot.privacy.client_dp import LocalNoise
 from fedpilot.types import Penalty, Plan, Site, StepKind, Task, Tensors
 
 ORDER, SUBSET = 1, 2  # what a seed is for
@@ -43,7 +44,10 @@ class Clients:
                 measure_peak=measure_peak,
             )
 
-        return Site(self._population.clients[client_id], _Measured(make, self._measured))
+        private, release = self._recipe.safeguards.private, None
+        if private is not None and private.kind == "local":
+            release = LocalNoise(private, (self._recipe.run.seed, client_id, round))
+        return Site(self._population.clients[client_id], _Measured(make, self._measured), release=release)
 
 
 class _Measured:
@@ -71,9 +75,9 @@ class _Measured:
         """As `ClientModel.fit`."""
         return self._loaded().fit(trainable, penalty=penalty, max_steps=max_steps, kind=kind)
 
-    def gradients(self, names: frozenset[str], *, num_examples: int) -> Tensors:
+    def gradients(self, names: frozenset[str], *, num_examples: int, squared: bool = False) -> Tensors:
         """As `ClientModel.gradients`."""
-        return self._loaded().gradients(names, num_examples=num_examples)
+        return self._loaded().gradients(names, num_examples=num_examples, squared=squared)
 
     def read(self) -> Tensors:
         """As `ClientModel.read`."""

@@ -22,10 +22,11 @@ class Population:
     Attributes:
         table: The data before encoding.
         train: All training examples.
-        test: What the server evaluates on.
+        test: Examples that nobody trains on and no setting is chosen by.
         parts: Positions in ``train`` of each client's examples.
         clients: Their profiles; client k is entry k.
         tiers: Tier of each client.
+        validation: Examples held out of the training data for choosing settings; ``None`` where none were asked for.
     """
 
     table: Table
@@ -34,6 +35,7 @@ class Population:
     parts: tuple[np.ndarray, ...]
     clients: tuple[ClientProfile, ...]
     tiers: tuple[str, ...]
+    validation: EncodedDataset | None = None
 
     @cached_property
     def examples(self) -> tuple[EncodedDataset, ...]:
@@ -64,10 +66,13 @@ def load_population(recipe: Recipe) -> Population:
     parts = data.partition(table.train, recipe.partition)
     names = data.client_names(table.train, recipe.partition)
     sizes = {"max_length": recipe.model.max_length, "image_size": recipe.model.image_size}
-    train, test = (
-        data.encode(rows, task=recipe.model.task, model=source, name=name, **sizes)
-        for rows, name in ((table.train, "training data"), (table.test, "test data"))
+    named = {"training data": table.train, "test data": table.test, "validation data": table.validation}
+    train, test, validation = (
+        None if rows is None else data.encode(rows, task=recipe.model.task, model=source, name=name, **sizes)
+        for name, rows in named.items()
     )
+    assert train is not None, "every table has training rows"
+    assert test is not None, "every table has test rows"
     tiers = tier_of_clients(recipe, len(parts))
     clients = tuple(
         ClientProfile(
@@ -82,7 +87,8 @@ def load_population(recipe: Recipe) -> Population:
         for k, (part, name, tier) in enumerate(zip(parts, names, tiers, strict=True))
     )
     called = recipe.clients.tiers or tuple(f"tier {number}" for number in range(1, len(recipe.clients.memory) + 1))
-    return Population(table, train, test, tuple(parts), clients, tuple(called[tier] for tier in tiers))
+    of_clients = tuple(called[tier] for tier in tiers)
+    return Population(table, train, test, tuple(parts), clients, of_clients, validation)
 
 
 def data_settings(recipe: Recipe) -> data.DataSettings:

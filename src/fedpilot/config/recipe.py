@@ -4,9 +4,10 @@ Sections whose settings belong to a module are that module's own dataclass; what
 """
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,23 @@ from fedpilot.algorithms import ALGORITHMS
 from fedpilot.assets import ASSETS
 from fedpilot.config import schema
 from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, Rule
-from fedpilot.config.sections import AlgorithmSettings, ClientSettings, EvaluationSettings, RunSettings
+from fedpilot.config.sections import (
+    AlgorithmSettings,
+    ClientSettings,
+    DefenceSettings,
+    EvaluationSettings,
+    MethodSettings,
+    PrivacySettings,
+    RunSettings,
+)
 from fedpilot.data.partition import PartitionSettings
 from fedpilot.data.tables import DataSettings
-from fedpilot.errors import ConfigError, FedpilotError
+from fedpilot.errors import ConfigError, FedpilotError, PlanError
 from fedpilot.model import ModelSettings
+from fedpilot.privacy.client_dp import ClientDP
+from fedpilot.robust import Robust
+from fedpilot.safeguards import Safeguards
+from fedpilot.screening import Screening
 from fedpilot.training import TrainingSettings
 
 Table = Mapping[str, object]
@@ -27,7 +40,10 @@ Table = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The configuration of a run; each field is a section of the file."""
+    """The configuration of a run; each field is a section of the file.
+
+    ``methods`` holds what ``fedpilot compare`` may select besides the algorithms by name: ``[methods.NAME]``.
+    """
 
     run: RunSettings
     model: ModelSettings
@@ -37,7 +53,15 @@ class Recipe:
     training: TrainingSettings
     algorithm: AlgorithmSettings
     evaluation: EvaluationSettings
+    defence: DefenceSettings = field(default_factory=DefenceSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     baseline: AlgorithmSettings | None = None
+    methods: Mapping[str, MethodSettings] = field(default_factory=dict)
+
+    @property
+    def safeguards(self) -> Safeguards:
+        """What stands between uploads and the aggregation."""
+        return _safeguards(self.defence, self.privacy)
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> value, defaults included; what a manifest keeps."""
@@ -50,13 +74,20 @@ class Recipe:
             chosen = getattr(self, name)
             if chosen is not None:
                 sections[name] = {"name": chosen.name, **chosen.options}
+        if self.methods:
+            sections["methods"] = {
+                name: {"name": method.algorithm.name, **method.algorithm.options, "set": list(method.set)}
+                for name, method in self.methods.items()
+            }
         return sections
 
     def to_toml(self) -> str:
         """The recipe as a file that reads back as the same recipe."""
+        sections = self.resolved()
+        methods = {f"methods.{name}": table for name, table in sections.pop("methods", {}).items()}
         return "\n".join(
             "\n".join([f"[{name}]", *(f"{key} = {schema.show(value)}" for key, value in section.items()), ""])
-            for name, section in self.resolved().items()
+            for name, section in {**sections, **methods}.items()
         )
 
 
@@ -70,12 +101,14 @@ SECTIONS: Mapping[str, type[Any]] = {
     "algorithm": AlgorithmSettings,
     "baseline": AlgorithmSettings,
     "evaluation": EvaluationSettings,
+    "defence": DefenceSettings,
+    "privacy": PrivacySettings,
 }
 """Section of a file -> its class."""
 
 FILLED: Mapping[str, frozenset[str]] = {
-    "data": frozenset({"task"}),
-    "algorithm": frozenset({"spec", "profile", "budget_bytes"}),
+    "data": frozenset({"task", "labels"}),
+    "algorithm": frozenset({"spec", "profile", "budget_bytes", "num_rounds", "batch_size"}),
 }
 """Section -> fields that follow from the rest of the recipe and are not in the file."""
 
@@ -94,6 +127,7 @@ _RULES: Mapping[str, Rule] = {
     "data.test_fraction": SHARE,
     "data.limit": AT_LEAST_ONE,
     "data.test_limit": AT_LEAST_ONE,
+    "data.validation_fraction": Rule("lie in [0, 1)", lambda value: 0 <= value < 1),
     "data.seed": NOT_NEGATIVE,
     "partition.num_clients": AT_LEAST_ONE,
     "partition.alpha": POSITIVE,
@@ -124,7 +158,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(tables, str(path), overrides, path.parent)
 
 
-def read_recipe(tables: Table, file: str, overrides: Sequence[str] = (), folder: Path = Path()) -> Recipe:
+def read_recipe(
+    tables: Table, file: str, overrides: Sequence[str] = (), folder: Path = Path(), by: str = "--set"
+) -> Recipe:
     """The recipe of tables as `tomllib` gives them; see `load_recipe`.
 
     Args:
@@ -132,12 +168,14 @@ def read_recipe(tables: Table, file: str, overrides: Sequence[str] = (), folder:
         file: How messages call it.
         overrides: ``section.key=value`` each.
         folder: What relative paths in the tables are relative to.
+        by: How messages call the overrides.
     """
     problems: list[str] = []
-    sections, labels = _sections(tables, file, problems)
+    given = tables.get("methods", {})
+    sections, labels = _sections({name: table for name, table in tables.items() if name != "methods"}, file, problems)
     _anchor(sections, folder)
     for override in overrides:
-        _override(override, sections, labels, problems)
+        _override(override, sections, labels, problems, by)
     known = {name: sections.get(name, {}) for name in SECTIONS if name in sections or name != "baseline"}
 
     def where(section: str, key: str) -> str:
@@ -152,9 +190,10 @@ def read_recipe(tables: Table, file: str, overrides: Sequence[str] = (), folder:
             rules = {key.partition(".")[2]: rule for key, rule in _RULES.items() if key.startswith(f"{name}.")}
             read[name] = schema.build(SECTIONS[name], table, at, problems, rules=rules, hidden=FILLED.get(name, ()))
     problems += _across(read, where)
+    methods = _methods(given, sections, file, problems)
     if problems:
         raise ConfigError(problems)
-    recipe = Recipe(**read)
+    recipe = Recipe(**read, methods=methods)
     task, evaluation = recipe.model.task, recipe.evaluation
     if evaluation.metric == "auto":
         evaluation = dataclasses.replace(evaluation, metric=_metrics(task)[0])
@@ -179,21 +218,24 @@ def _sections(tables: Table, file: str, problems: list[str]) -> tuple[dict[str, 
     return sections, {}
 
 
-def _override(text: str, sections: dict[str, dict[str, object]], labels: dict[str, str], problems: list[str]) -> None:
+def _override(
+    text: str, sections: dict[str, dict[str, object]], labels: dict[str, str], problems: list[str], by: str = "--set"
+) -> None:
     dotted, equals, raw = text.partition("=")
     section, dot, key = dotted.strip().partition(".")
     if not (equals and dot and key):
-        problems.append(f"--set must be section.key=value, got {text!r}; for example --set run.rounds=5")
+        example = "--set run.rounds=5" if by == "--set" else "training.learning_rate=1e-2"
+        problems.append(f"{by} must be section.key=value, got {text!r}; for example {example}")
         return
     if section not in SECTIONS:
-        problems.append(f"--set {dotted}: [{section}] must be a known section; {schema.suggestion(section, SECTIONS)}")
+        problems.append(f"{by} {dotted}: [{section}] must be a known section; {schema.suggestion(section, SECTIONS)}")
         return
     try:
         value: object = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
     sections.setdefault(section, {})[key] = value
-    labels[f"{section}.{key}"] = "--set"
+    labels[f"{section}.{key}"] = by
     _anchor({section: sections[section]}, Path(), only=key)
 
 
@@ -219,6 +261,11 @@ def _algorithm(table: Table, where: Callable[[str], str], problems: list[str]) -
     cls = ALGORITHMS[name]
     options = {key: value for key, value in table.items() if key != "name"}
     before = len(problems)
+    foreign = {key: having for key in options if (having := _methods_with(key)) and name not in having}
+    for key, having in foreign.items():
+        who = f"{', '.join(having)} {'has' if len(having) == 1 else 'have'} it"
+        problems.append(f"{where(key)} must be an option of {name}, got one of other methods; {who}")
+    options = {key: value for key, value in options.items() if key not in foreign}
     values = schema.read(cls, options, where, problems, hidden=FILLED["algorithm"])
     if len(problems) > before:
         return None
@@ -228,6 +275,95 @@ def _algorithm(table: Table, where: Callable[[str], str], problems: list[str]) -
         problems.append(where(str(error)))
         return None
     return AlgorithmSettings(name, values)
+
+
+# --- methods of a comparison --------------------------------------------------------------------------------------
+
+SHARED: Mapping[str, frozenset[str]] = {
+    **{section: frozenset() for section in ("run", "data", "partition", "clients", "evaluation", "baseline")},
+    "model": frozenset({"source", "task", "max_length", "image_size"}),
+    "training": frozenset({"batch_size", "local_epochs", "max_steps"}),
+}
+"""What all methods of a comparison have in common: section -> keys, none for all of them."""
+
+
+def method_names(recipe: Recipe) -> tuple[str, ...]:
+    """What ``--algorithms`` may select, sorted."""
+    return tuple(sorted({*recipe.methods, *ALGORITHMS}))
+
+
+def method_recipe(recipe: Recipe, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of one method's runs in a comparison: its own algorithm and overrides, no baseline, no early stop.
+
+    ``name`` is that of a section ``[methods.NAME]``, or else of the recipe's own algorithm, or else of an algorithm
+    with its defaults.
+
+    Args:
+        recipe: Of the comparison.
+        name: The method.
+        overrides: ``section.key=value`` each, after the method's own; none may touch what all methods share.
+
+    Raises:
+        ConfigError: There is no such method, or an override is wrong.
+    """
+    if name not in method_names(recipe):
+        raise ConfigError([f"method must be known, got {name!r}; {schema.suggestion(name, method_names(recipe))}"])
+    own = recipe.algorithm if recipe.algorithm.name == name else AlgorithmSettings(name)
+    method = recipe.methods.get(name) or MethodSettings(own)
+    tables = recipe.resolved()
+    tables["algorithm"] = {"name": method.algorithm.name, **method.algorithm.options}
+    tables["evaluation"]["patience"] = None
+    plain = {section: table for section, table in tables.items() if section not in ("baseline", "methods")}
+    return _of_method(name, plain, "recipe", (*method.set, *overrides))
+
+
+def _methods(
+    given: object, sections: Mapping[str, dict[str, object]], file: str, problems: list[str]
+) -> dict[str, MethodSettings]:
+    if not isinstance(given, Mapping):
+        problems.append(
+            f"{file}: methods must be tables, got {schema.show(given)}; write [methods.NAME] above its keys"
+        )
+        return {}
+    found: dict[str, MethodSettings] = {}
+    sound = not problems
+    for name, table in given.items():
+        at = f"{file}: methods.{name}"
+        if not isinstance(table, Mapping) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            problems.append(f"{at} must be a table with a name of letters, digits, '-', '_' and '.'")
+            continue
+        chosen = _algorithm({key: value for key, value in table.items() if key != "set"}, f"{at}.{{}}".format, problems)
+        overrides = table.get("set", [])
+        if not isinstance(overrides, list | tuple) or not all(isinstance(entry, str) for entry in overrides):
+            problems.append(f'{at}.set must be a list of strings "section.key=value", got {schema.show(overrides)}')
+        elif chosen is not None:
+            method = MethodSettings(chosen, tuple(overrides))
+            try:
+                own = {"name": chosen.name, **chosen.options}
+                if sound:  # or else what is wrong with the recipe would be said again for every method
+                    _of_method(name, {**sections, "algorithm": own}, file, method.set)
+            except ConfigError as error:
+                problems += error.problems
+            found[name] = method
+    return found
+
+
+def _of_method(name: str, tables: Table, file: str, overrides: Sequence[str]) -> Recipe:
+    by = f"{file}: methods.{name}.set"
+    problems = []
+    for override in overrides:
+        section, _, key = override.partition("=")[0].strip().partition(".")
+        if section in SHARED and (not SHARED[section] or key in SHARED[section]):
+            advice = f"change it for all of them with --set {override}"
+            problems.append(f"{by} must leave what all methods share, got {schema.show(override)}; {advice}")
+    if problems:
+        raise ConfigError(problems)
+    return read_recipe(tables, file, overrides, by=by)
+
+
+def _methods_with(key: str) -> list[str]:
+    """Methods whose option the key is."""
+    return [name for name, cls in ALGORITHMS.items() if key in schema.fields_of(cls, hidden=FILLED["algorithm"])]
 
 
 def _across(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[str]:
@@ -248,13 +384,42 @@ def _across(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[s
         if metric.partition("/")[0] not in known:
             rule = f"must be one of {', '.join(known)}, got {schema.show(metric)}"
             problems.append(f"{where('evaluation', 'metric')} {rule}; {schema.suggestion(metric, known)}")
+    if evaluation is not None and evaluation.on == "validation" and data is not None and not data.validation_fraction:
+        rule = 'must be above 0 where evaluation.on is "validation", got 0.0; 0.1 is usual'
+        problems.append(f"{where('data', 'validation_fraction')} {rule}")
     clients, training = read.get("clients"), read.get("training")
     if clients is not None and training is not None:
         uneven = [size for size in clients.micro_batches if training.batch_size % size]
         if uneven:
             rule = f"must be divisors of training.batch_size, {training.batch_size}, got {schema.show(uneven)}"
             problems.append(f"{where('clients', 'micro_batches')} {rule}")
+    problems += _of_safeguards(read, where)
     return problems + (_of_partition(partition, where) if partition is not None else [])
+
+
+def _safeguards(defence: DefenceSettings, privacy: PrivacySettings) -> Safeguards:
+    private = None
+    if privacy.kind != "none":
+        private = ClientDP(privacy.kind, privacy.clip, privacy.noise_multiplier, privacy.delta, privacy.max_epsilon)
+    screening = Screening(defence.max_norm_factor, defence.clip)
+    return Safeguards(screening, Robust(defence.rule, defence.attackers), private)
+
+
+def _of_safeguards(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[str]:
+    """Safeguards that cannot serve the method or the baseline."""
+    if read.get("defence") is None or read.get("privacy") is None:
+        return []
+    safeguards = _safeguards(read["defence"], read["privacy"])
+    problems: list[str] = []
+    for settings in filter(None, (read.get("algorithm"), read.get("baseline"))):
+        made = ALGORITHMS[settings.name](**dict.fromkeys(("spec", "profile")), **settings.options)
+        for section, check in (("defence", safeguards.robust.check), ("privacy", safeguards.check)):
+            try:
+                check(made)
+            except PlanError as error:
+                problems.append(where(section, str(error).removeprefix(f"{section}.")))
+                break
+    return list(dict.fromkeys(problems))
 
 
 _NEEDS = {"dirichlet": ("num_clients", "alpha"), "pathological": ("num_clients", "classes_per_client")}

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, ByteSize, Rule
+from fedpilot import robust
+from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, ByteSize, Rule
 
+_WORKERS = Rule('be at least 1, or "auto"', lambda value: value == "auto" or value >= 1)
 _PLAIN_NAME = Rule("be a name without slashes", lambda value: bool(value) and "/" not in value and value != "..")
 
 
@@ -21,6 +23,14 @@ class RunSettings:
         out: Folder that run directories are made in.
         device: Where clients train; ``auto`` takes a GPU where there is one.
         threads: Threads of a matrix product; ``"none"`` leaves torch's choice.
+        workers: Processes that clients train in and that evaluations are dealt out to, of one thread each where there
+            are several; ``1`` is this process. ``auto`` measures at the start whether as many as there are threads get
+            more done than one, and records the number.
+        kept: Where what clients keep between rounds is held: in ``memory`` and checkpoints, or on ``disk``, for
+            populations that memory does not hold.
+        engine: What carries tasks to clients: ``in-process``, or worker processes, on this machine;
+            ``flower-simulation``, the same over Flower's messages and Ray; ``flower``, nodes on other machines, which
+            ``fedpilot serve`` runs.
     """
 
     name: Annotated[str, _PLAIN_NAME] = "run"
@@ -30,6 +40,9 @@ class RunSettings:
     out: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int | None, AT_LEAST_ONE] = None
+    workers: Annotated[int | Literal["auto"], _WORKERS] = 1
+    kept: Literal["memory", "disk"] = "memory"
+    engine: Literal["in-process", "flower-simulation", "flower"] = "in-process"
 
 
 @dataclass(frozen=True)
@@ -69,23 +82,73 @@ class ClientSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured after each round, and when that is enough.
+    """What is measured after which rounds, and when that is enough.
 
     Attributes:
+        on: What the rounds are evaluated on: the ``test`` set, or the ``validation`` set that
+            ``data.validation_fraction`` asks for; the test set is then read once, at the end of the run.
+        every: Rounds between two evaluations; round 0 is always evaluated.
+        last: Rounds at the end of a run that are evaluated whatever ``every`` says; their mean is what a comparison of
+            methods goes by.
+        aggregation_error: Whether each round records how far the new global update is from the exact weighted mean of
+            the clients' updates.
         batch_size: Examples of a forward pass.
         by: Column of the data by whose values the metrics are given too; ``"none"`` for the whole test set only.
         metric: What chooses the best adapter, stops the run and decides the comparison: ``accuracy``,
             ``loss`` or ``perplexity``, with ``/value`` behind it for one value of ``by``. ``auto`` is perplexity for
             language models and accuracy for all else.
-        patience: Rounds without a gain after which the run stops; ``"none"`` to run all rounds.
+        patience: Rounds without a gain after which the run stops, at an evaluation; ``"none"`` to run all rounds.
         min_delta: Smallest gain that counts.
     """
 
+    on: Literal["test", "validation"] = "test"
+    every: Annotated[int, AT_LEAST_ONE] = 1
+    last: Annotated[int, AT_LEAST_ONE] = 5
+    aggregation_error: bool = True
     batch_size: Annotated[int, AT_LEAST_ONE] = 64
     by: str | None = None
     metric: str = "auto"
     patience: Annotated[int | None, AT_LEAST_ONE] = None
     min_delta: Annotated[float, NOT_NEGATIVE] = 0.0
+
+
+@dataclass(frozen=True)
+class DefenceSettings:
+    """What a hostile or broken client can do to a round.
+
+    Attributes:
+        max_norm_factor: An upload is refused where its update's norm is more than this many times the median of those
+            seen so far; ``"none"`` refuses none.
+        clip: ``median`` scales updates down to the median norm of earlier rounds; ``none`` does not.
+        rule: What stands in for the mean of uploads: the ``mean`` itself, ``trimmed-mean``, ``median`` or
+            ``multi-krum``. All but the first hold a round's uploads at once.
+        attackers: Share of uploads that may be hostile, for ``trimmed-mean`` and ``multi-krum``.
+    """
+
+    max_norm_factor: Annotated[float | None, Rule("be above 1", lambda value: value > 1)] = None
+    clip: Literal["none", "median"] = "none"
+    rule: robust.Rule = "mean"
+    attackers: Annotated[float, Rule("lie in [0, 0.5)", lambda value: 0 <= value < 0.5)] = 0.2
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """Differential privacy of whole clients.
+
+    Attributes:
+        kind: ``client`` puts noise on the sum of clipped updates, by a server that is trusted; ``local`` on every
+            client's own; ``none`` nowhere.
+        clip: C, norm that a client's update is clipped to, over all trained tensors together.
+        noise_multiplier: σ; noise of standard deviation σ C.
+        delta: δ.
+        max_epsilon: The run ends before the round that would cost more; ``"none"`` for no limit.
+    """
+
+    kind: Literal["none", "client", "local"] = "none"
+    clip: Annotated[float, POSITIVE] = 1.0
+    noise_multiplier: Annotated[float, NOT_NEGATIVE] = 1.0
+    delta: Annotated[float, SHARE] = 1e-5
+    max_epsilon: Annotated[float | None, POSITIVE] = None
 
 
 @dataclass(frozen=True)
@@ -99,3 +162,16 @@ class AlgorithmSettings:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """A method of a comparison: ``[methods.NAME]``.
+
+    Attributes:
+        algorithm: The method and its hyper-parameters.
+        set: Overrides ``section.key=value`` of the recipe for this method only.
+    """
+
+    algorithm: AlgorithmSettings
+    set: tuple[str, ...] = ()

@@ -5,25 +5,31 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fedpilot import assets, memory, planning
 from fedpilot.algorithms import ALGORITHMS
-from fedpilot.config.clients import Clients
 from fedpilot.config.population import Population, load_population
 from fedpilot.config.recipe import Recipe
 from fedpilot.config.schema import ByteSize
 from fedpilot.config.sections import AlgorithmSettings
+from fedpilot.config.traces import Traces
+from fedpilot.config.workplace import MakePlaces, Places, faster_workers
 from fedpilot.engines.in_process import InProcess
-from fedpilot.errors import ConfigError
-from fedpilot.evaluation import evaluate
+from fedpilot.engines.kept import DiskKept
+from fedpilot.engines.workers import Pool, Workers
+from fedpilot.errors import ConfigError, PlanError
+from fedpilot.evaluation import combined
+from fedpilot.manifest import package_versions
 from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel, ModelSettings, build_model
-from fedpilot.stopping import EarlyStop, Goal
+from fedpilot.stopping import Cadence, EarlyStop, Goal
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Algorithm, Deployment, ModelSpec, StepKind
+from fedpilot.types import Algorithm, ClientProfile, Deployment, HasStepKind, ModelSpec, Plan, StepKind
 
 CALIBRATION_STEPS = 3
 
@@ -89,9 +95,12 @@ def recomputes(settings: AlgorithmSettings | None) -> bool:
 
 
 def algorithm(
-    settings: AlgorithmSettings, recipe: Recipe, spec: ModelSpec, profile: MemoryProfile, people: Population
+    settings: AlgorithmSettings, recipe: Recipe, spec: ModelSpec, profile: MemoryProfile | None, people: Population
 ) -> Algorithm[Any]:
-    """The method with its hyper-parameters; ``rank`` is the model's where the recipe does not say."""
+    """The method with its hyper-parameters; ``rank`` is the model's where the recipe does not say.
+
+    Without a profile it cannot plan yet, but says what kind of step it makes.
+    """
     cls = ALGORITHMS[settings.name]
     names = {field.name for field in dataclasses.fields(cls)}
     options = dict(settings.options)
@@ -99,8 +108,17 @@ def algorithm(
         options.setdefault("rank", recipe.model.rank)
     if "budget_bytes" in names:
         options["budget_bytes"] = min(client.memory_bytes for client in people.clients)
+    if "num_rounds" in names:
+        options["num_rounds"] = recipe.run.rounds
+    if "batch_size" in names:
+        options["batch_size"] = recipe.training.batch_size
     made: Algorithm[Any] = cls(spec=spec, profile=profile, **options)
     return made
+
+
+def kind_of(method: Algorithm[Any]) -> StepKind | None:
+    """The kind of step that the method's memory profile must know; ``None`` for plain LoRA's."""
+    return method.step_kind if isinstance(method, HasStepKind) else None
 
 
 def goal(recipe: Recipe) -> Goal:
@@ -115,6 +133,11 @@ def early_stop(recipe: Recipe) -> EarlyStop | None:
     return None if settings.patience is None else EarlyStop(goal(recipe), settings.patience, settings.min_delta)
 
 
+def cadence(recipe: Recipe) -> Cadence:
+    """Which rounds are evaluated."""
+    return Cadence(recipe.evaluation.every, recipe.evaluation.last)
+
+
 # --- all of them --------------------------------------------------------------------------------------------------
 
 
@@ -126,13 +149,13 @@ class Experiment:
         recipe: The configuration.
         population: Clients and data.
         sketch: The model without storage, for planning.
-        profile: Memory of its training step.
+        traces: Memory of its training step, by kind of step.
     """
 
     recipe: Recipe
     population: Population
     sketch: AdaptedModel
-    profile: MemoryProfile
+    traces: Traces
 
     @cached_property
     def adapted(self) -> AdaptedModel:
@@ -144,31 +167,69 @@ class Experiment:
             seed=self.recipe.run.seed,
         )
 
+    def kind(self, settings: AlgorithmSettings) -> StepKind | None:
+        """The kind of step that a method makes; ``None`` for plain LoRA's."""
+        return kind_of(algorithm(settings, self.recipe, self.sketch.spec, None, self.population))
+
+    def profile(self, settings: AlgorithmSettings | None = None) -> MemoryProfile:
+        """The memory of a step of the recipe's method, or of another one, on the clients' devices."""
+        chosen = settings or self.recipe.algorithm
+        traced = self.traces.of(self.kind(chosen), checkpointing=recomputes(chosen))
+        return traced.with_overhead((self.recipe.clients.overhead_bytes or 0) + self.recipe.training.cache_bytes)
+
     def algorithm(self, settings: AlgorithmSettings | None = None, *, dry: bool = False) -> Algorithm[Any]:
         """The recipe's method, or another one on the same model; a dry one plans without the weights."""
-        spec = (self.sketch if dry else self.adapted).spec
-        return algorithm(settings or self.recipe.algorithm, self.recipe, spec, self.profile, self.population)
+        spec, chosen = (self.sketch if dry else self.adapted).spec, settings or self.recipe.algorithm
+        return algorithm(chosen, self.recipe, spec, self.profile(chosen), self.population)
 
-    def engine(self, method: Algorithm[Any]) -> InProcess:
-        """A fresh engine for one run of the method."""
-        return InProcess(method, Clients(self.recipe, self.population, self.adapted).site)
+    @cached_property
+    def places(self) -> Places:
+        """The clients' places in this process."""
+        return Places(self.recipe, self.population, self.adapted)
+
+    @cached_property
+    def pool(self) -> Pool | None:
+        """The worker processes, shared by all methods and evaluations; ``None`` where this process does the work."""
+        workers = self.recipe.run.workers
+        return None if workers == 1 else self.new_pool(workers if isinstance(workers, int) else threads(self.recipe))
+
+    def new_pool(self, count: int) -> Pool:
+        """So many worker processes, which do not run yet."""
+        labels = num_labels(self.recipe, self.population)
+        return Pool(MakePlaces(self.recipe, self.population, self.sketch.settings, labels), count)
+
+    def engine(self, method: Algorithm[Any], folder: Path | None = None) -> InProcess | Workers:
+        """A fresh engine for one run of the method; what clients keep is held in the folder if the recipe says so."""
+        on_disk = folder is not None and self.recipe.run.kept == "disk"
+        store = DiskKept(folder) if on_disk and folder is not None else None
+        if self.pool is not None:
+            return Workers(method, self.pool, store)
+        return InProcess(method, self.places.site, store)
 
     def evaluate(self, deployment: Deployment) -> Mapping[str, float]:
-        """Metrics on the test set."""
-        settings = self.recipe.evaluation
-        groups = None if settings.by is None else self.population.table.test.column(settings.by).tolist()
-        return evaluate(
-            self.adapted,
-            deployment,
-            self.population.test,
-            groups=groups,
-            batch_size=settings.batch_size,
-            autocast=self.recipe.training.autocast,
-        )
+        """Metrics on what the recipe evaluates rounds on."""
+        return self.evaluate_on(self.recipe.evaluation.on, deployment)
+
+    def evaluate_on(self, split: Literal["test", "validation"], deployment: Deployment) -> Mapping[str, float]:
+        """Metrics on the test or the validation set.
+
+        Raises:
+            ConfigError: There is no validation set.
+        """
+        if self.pool is None:
+            return combined(self.sketch.task_type, self.places.measure(split, deployment))
+        count = self.pool.count
+        parts = self.pool.call("measure", [(split, deployment, part, count) for part in range(count)])
+        return combined(self.sketch.task_type, [batch for part in parts for batch in part])
 
 
-def experiment(recipe: Recipe) -> Experiment:
+def experiment(recipe: Recipe, *, people: Population | None = None, traces: Path | None = None) -> Experiment:
     """Everything up to the weights; what is measured on this machine is written into its recipe, for the record.
+
+    Args:
+        recipe: The configuration.
+        people: Its population where that is loaded already.
+        traces: Folder that keeps memory profiles.
 
     Raises:
         FedpilotError: Data, model or plan cannot be had as asked.
@@ -176,52 +237,126 @@ def experiment(recipe: Recipe) -> Experiment:
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     device = device_of(recipe)
-    people = load_population(recipe)
-    sketch = build_model(
-        model_settings(recipe, people), num_labels=num_labels(recipe, people), device="fake", seed=recipe.run.seed
-    )
-    checkpointing = recomputes(recipe.algorithm) or recomputes(recipe.baseline)
-    sizes = tuple(sorted({recipe.training.batch_size, *recipe.clients.micro_batches}))
-    profile = profile_of(sketch, recipe.training, checkpointing=checkpointing, micro_batches=sizes)
-    made = Experiment(recipe, people, sketch, profile)
+    people = people or load_population(recipe)
+    made = _assembled(recipe, people, traces)
+    if (
+        recipe.baseline is not None
+        and recomputes(recipe.baseline)
+        and made.kind(recipe.baseline) == made.kind(recipe.algorithm)
+    ):
+        made.profile(recipe.baseline)  # the larger of two profiles serves both
+    made.profile()
     if device == "cuda" and recipe.clients.overhead_bytes is None:
         made = _with_overhead(made)
-    elif recipe.clients.overhead_bytes is not None:
-        made = dataclasses.replace(made, profile=profile.with_overhead(recipe.clients.overhead_bytes))
     if recipe.clients.deadline_s and not recipe.clients.flops_per_second:
         made = _with_speed(made)
-    return made
+    return _with_workers(made)
+
+
+def _assembled(recipe: Recipe, people: Population, folder: Path | None) -> Experiment:
+    settings, labels = model_settings(recipe, people), num_labels(recipe, people)
+    sketch = build_model(settings, num_labels=labels, device="fake", seed=recipe.run.seed)
+    sizes = tuple(sorted({recipe.training.batch_size, *recipe.clients.micro_batches}))
+    facts = {
+        "model": dataclasses.asdict(settings),
+        "shapes": dict(sketch.spec.modules),
+        "labels": labels,
+        "training": dataclasses.asdict(recipe.training),
+        "micro_batches": sizes,
+        "versions": package_versions(),
+    }
+
+    def trace(kind: StepKind | None, checkpointing: bool) -> MemoryProfile:
+        extra = {} if kind is None else {"kind": kind}
+        return profile_of(sketch, recipe.training, checkpointing=checkpointing, micro_batches=sizes, **extra)
+
+    return Experiment(recipe, people, sketch, Traces(trace, facts, folder))
+
+
+def ample_plan(method: Algorithm[Any], client: ClientProfile) -> Plan:
+    """What the method plans for a client with memory and time for anything.
+
+    Raises:
+        PlanError: Nothing.
+    """
+    free = dataclasses.replace(client, memory_bytes=2**62, deadline_s=None)
+    rng = np.random.default_rng(0)
+    (plan,) = method.plan(method.init(rng), [free], rng)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"{type(method).__name__} must plan something for a client with ample memory, got none")
+    return plan
 
 
 def _with_overhead(made: Experiment) -> Experiment:
-    """Measures on the GPU what a device needs beside the tensors."""
-    spec, rank = made.adapted.spec, made.recipe.model.rank
-    plans = [planning.train_blocks(spec, 0, rank, [spec.num_blocks - 1]), planning.train_all(spec, 0, rank)]
-    programs = _programs(made.adapted, made.recipe.training)
-    profile = memory.calibrate(programs, made.profile, made.adapted.device, plans)
-    clients = dataclasses.replace(made.recipe.clients, overhead_bytes=ByteSize(profile.overhead_bytes))
-    return _again(made, dataclasses.replace(made.recipe, clients=clients), made.population, profile)
+    """Measures on the GPU what a device needs beside the tensors; the most that the recipe's methods need."""
+    spec, rank = made.sketch.spec, made.recipe.model.rank
+    overhead = 0
+    for settings in (made.recipe.algorithm, made.recipe.baseline):
+        if settings is None:
+            continue
+        kind, profile = made.kind(settings), made.profile(settings)
+        plans = [ample_plan(made.algorithm(settings, dry=True), made.population.clients[0])]
+        if kind is None:
+            plans.append(planning.train_blocks(spec, 0, rank, [spec.num_blocks - 1]))
+        programs = _programs(made.adapted, made.recipe.training, kind)
+        found = memory.calibrate(programs, profile, made.adapted.device, plans)
+        overhead = max(overhead, found.overhead_bytes)
+    clients = dataclasses.replace(made.recipe.clients, overhead_bytes=ByteSize(overhead))
+    return _again(made, dataclasses.replace(made.recipe, clients=clients), made.population)
 
 
 def _with_speed(made: Experiment) -> Experiment:
-    """Measures this machine's speed over a few steps and takes every client for as fast."""
-    spec, training = made.adapted.spec, made.recipe.training
-    plan = planning.train_all(spec, 0, made.recipe.model.rank)
-    program = made.adapted.program(plan, training)
+    """Measures this machine's speed over a few steps of the method and takes every client for as fast."""
+    chosen = made.recipe.algorithm
+    plan = ample_plan(made.algorithm(dry=True), made.population.clients[0])
+    program = made.adapted.program(plan, made.recipe.training, plan.micro_batch, made.kind(chosen))
     program.step()  # the first one also makes the optimiser's state
     started = time.perf_counter()
     for _ in range(CALIBRATION_STEPS):
         program.step()
     took = time.perf_counter() - started
-    speed = CALIBRATION_STEPS * memory.seconds(made.profile, plan, 1.0, 1) / took
+    speed = CALIBRATION_STEPS * memory.seconds(made.profile(), plan, 1.0, 1) / took
     speeds = (speed,) * len(made.recipe.clients.memory)
     clients = tuple(dataclasses.replace(client, flops_per_second=speed) for client in made.population.clients)
     recipe = dataclasses.replace(made.recipe, clients=dataclasses.replace(made.recipe.clients, flops_per_second=speeds))
-    return _again(made, recipe, dataclasses.replace(made.population, clients=clients), made.profile)
+    return _again(made, recipe, dataclasses.replace(made.population, clients=clients))
 
 
-def _again(made: Experiment, recipe: Recipe, people: Population, profile: MemoryProfile) -> Experiment:
+def threads(recipe: Recipe) -> int:
+    """Threads of a matrix product in one process."""
+    return recipe.run.threads or torch.get_num_threads()
+
+
+def _with_workers(made: Experiment) -> Experiment:
+    """Checks the number of worker processes, or measures whether several are faster than one.
+
+    Raises:
+        ConfigError: Several are asked for on a GPU.
+    """
+    run, count = made.recipe.run, threads(made.recipe)
+    on_gpu = device_of(made.recipe) == "cuda"
+    if isinstance(run.workers, int):
+        if on_gpu and run.workers > 1:
+            raise ConfigError([f"run.workers must be 1 on a GPU, which clients share by turns, got {run.workers}"])
+        return made
+    pool = None
+    workers = 1
+    if not on_gpu and count > 1:
+        pool = made.new_pool(count)
+        plan = ample_plan(made.algorithm(dry=True), made.population.clients[0])
+        workers = faster_workers(pool, made.places, plan, made.kind(made.recipe.algorithm))
+    recipe = dataclasses.replace(made.recipe, run=dataclasses.replace(run, workers=workers))
+    changed = _again(made, recipe, made.population)
+    if workers == 1 and pool is not None:
+        pool.close()
+    else:
+        changed.__dict__["pool"] = pool
+    return changed
+
+
+def _again(made: Experiment, recipe: Recipe, people: Population) -> Experiment:
     """The experiment with other facts and the same loaded model."""
-    changed = Experiment(recipe, people, made.sketch, profile)
-    changed.__dict__["adapted"] = made.adapted  # where cached_property keeps it
+    changed = Experiment(recipe, people, made.sketch, made.traces)
+    if "adapted" in made.__dict__:  # where cached_property keeps it
+        changed.__dict__["adapted"] = made.adapted
     return changed

@@ -1,31 +1,36 @@
 """The engine of a simulation: every client in this process, one after the other."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+from fedpilot.engines.kept import HoldsStore, KeptStore
 from fedpilot.errors import ClientError
 from fedpilot.types import Algorithm, Failure, Site, Task, Tensors, Upload
 
+SiteFor: TypeAlias = Callable[[int, int], Site]
+"""``(client_id, round)`` -> the client's site."""
 
-class InProcess:
+
+class InProcess(HoldsStore):
     """Runs each task at its client's site.
 
-    What a site keeps between rounds lives here, is handed to the client's next site, and goes into checkpoints. A
-    client that fails keeps what it had before the round.
+    What a site keeps between rounds lives in the engine's store and is handed to the client's next site. A client that
+    fails keeps what it had before the round.
 
     Args:
         algorithm: Its ``local_update`` runs on the client.
-        site_for: ``(client_id, round)`` -> the client's site; sets up data, learning rate and the client's own
-            randomness, all of them functions of the two numbers, so that a resumed run repeats them.
+        site_for: Sets up data, learning rate and the client's own randomness, all of them functions of the two
+            numbers, so that a resumed run repeats them.
+        store: Holds what clients keep; in memory, and so in checkpoints, where left out.
     """
 
-    def __init__(self, algorithm: Algorithm[Any], site_for: Callable[[int, int], Site]) -> None:
+    def __init__(self, algorithm: Algorithm[Any], site_for: SiteFor, store: KeptStore | None = None) -> None:
+        super().__init__(store)
         self._algorithm = algorithm
         self._site_for = site_for
-        self._kept: dict[int, dict[str, Tensors]] = {}
 
     def exchange(self, round: int, tasks: Iterable[Task]) -> Iterator[Upload | Failure]:
         """Results in the tasks' order; a task is read when its client's turn has come, and forgotten after it.
@@ -37,27 +42,32 @@ class InProcess:
         """
         return map(partial(self._carry, round), tasks)  # map, not a loop: no variable keeps the last task alive
 
-    def snapshot(self) -> Mapping[int, Mapping[str, Tensors]]:
-        """Client -> what it keeps, for a checkpoint."""
-        return {client_id: dict(kept) for client_id, kept in self._kept.items()}
-
-    def restore(self, kept: Mapping[int, Mapping[str, Tensors]]) -> None:
-        """Puts a snapshot back."""
-        self._kept = {client_id: dict(of_client) for client_id, of_client in kept.items()}
-
     def _carry(self, round: int, task: Task) -> Upload | Failure:
-        client_id, started = task.plan.client_id, time.perf_counter()
-        try:
-            site = self._site_for(client_id, round)
-            site.kept = dict(self._kept.get(client_id, {}))
-            upload = self._algorithm.local_update(task, site)
-        except ClientError as error:
-            return Failure(client_id, str(error))
-        except Exception as error:
-            error.add_note(f"raised by client {client_id} in round {round}")
-            raise
-        if site.kept:
-            self._kept[client_id] = site.kept
-        else:
-            self._kept.pop(client_id, None)
-        return replace(upload, metrics={**upload.metrics, "seconds": time.perf_counter() - started})
+        client_id = task.plan.client_id
+        result, kept = carry(self._algorithm, self._site_for, round, task, self.store.get(client_id))
+        if kept is not None:
+            self.store.put(client_id, round, kept)
+        return result
+
+
+def carry(
+    algorithm: Algorithm[Any], site_for: SiteFor, round: int, task: Task, kept: dict[str, Tensors]
+) -> tuple[Upload | Failure, dict[str, Tensors] | None]:
+    """One client's turn: its result, and what it keeps from now on; ``None`` where it failed and that stays.
+
+    Raises:
+        Exception: Whatever the client raises that is not a `ClientError`, with a note that names client and round.
+    """
+    client_id, started = task.plan.client_id, time.perf_counter()
+    try:
+        site = site_for(client_id, round)
+        site.kept = kept
+        upload = algorithm.local_update(task, site)
+        if site.release is not None:
+            upload = site.release(task, upload)
+    except ClientError as error:
+        return Failure(client_id, str(error)), None
+    except Exception as error:
+        error.add_note(f"raised by client {client_id} in round {round}")
+        raise
+    return replace(upload, metrics={**upload.metrics, "seconds": time.perf_counter() - started}), site.kept
