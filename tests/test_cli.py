@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from fedpilot import cli, commands, display, jobs, progress, tensors
+from fedpilot import cli, commands, display, jobs, memory, planning, progress, tensors
 from fedpilot.cli import app
 from fedpilot.comparison import Comparison, Standing
 from fedpilot.config import profiles, setup
 from fedpilot.config.recipe import load_recipe
+from fedpilot.config.sections import AlgorithmSettings
+from fedpilot.config.setup import Experiment
+from fedpilot.errors import PlanError
 from fedpilot.exchange import UploadRecord
 from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel
 from fedpilot.record import RunDirectory
 from fedpilot.rounds import RoundRecord
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Deployment, Failure, LeftOut, Plan
+from fedpilot.types import Deployment, Failure, LeftOut, Plan, StepKind
 
 NOUNS = [f"word{number}" for number in range(20)]
 RECIPE = """
@@ -343,6 +346,75 @@ def test_a_run_stops_early_when_nothing_is_gained(toy: Toy, tmp_path: Path) -> N
     assert [line["round"] for line in RunDirectory.open(tmp_path / "run").lines()] == [0, 1]
 
 
+def test_rounds_between_evaluations_are_recorded_without_metrics_and_change_no_bit(
+    toy: Toy, finished: Finished, tmp_path: Path
+) -> None:
+    options = settings(evaluation__every=2, evaluation__last=1, run__rounds=4)
+    result = toy.run("--out", str(tmp_path / "some"), *options)
+    assert result.exit_code == 0, result.output
+    lines = RunDirectory.open(tmp_path / "some").lines()
+    assert [line["round"] for line in lines if line["metrics"]] == [0, 2, 4]
+    assert json.loads((tmp_path / "some" / "comparison.json").read_text())["baseline_equal_rounds"]["round"] == 4
+    toy.run("--out", str(tmp_path / "all"), *settings(run__rounds=4))
+    assert digest(tmp_path / "some") == digest(tmp_path / "all")
+
+
+def test_patience_is_counted_at_evaluations(toy: Toy, tmp_path: Path) -> None:
+    options = settings(evaluation__patience=1, evaluation__min_delta=2.0, run__rounds=9, evaluation__every=3)
+    toy.run("--out", str(tmp_path / "run"), *options, *settings(evaluation__last=1))
+    assert [line["round"] for line in RunDirectory.open(tmp_path / "run").lines()] == [0, 1, 2, 3]
+
+
+def test_with_validation_data_the_test_set_is_read_once_at_the_end(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, evaluate = [], Experiment.evaluate_on
+
+    def noted(self: Experiment, split: Any, deployment: Deployment) -> Mapping[str, float]:
+        read.append(split)
+        return evaluate(self, split, deployment)
+
+    monkeypatch.setattr(Experiment, "evaluate_on", noted)
+    path = tmp_path / "run"
+    result = toy.run("--out", str(path), *settings(evaluation__on="validation", data__validation_fraction=0.3))
+    assert result.exit_code == 0, result.output
+    own = read[: read.index("test") + 1]
+    assert own == ["validation"] * 4 + ["test"]  # round 0, three rounds, the end
+    assert read.count("test") == 2  # the method's and its baseline's
+    known = json.loads((path / "test.json").read_text())
+    job = jobs.resume(path)
+    assert known["round"] == 3
+    assert known["metrics"] == evaluate(job.experiment, "test", job.directory.load_adapter("last")[0])
+    assert known["metrics"] != job.directory.lines()[-1]["metrics"]
+    accuracy = known["metrics"]["accuracy"]
+    assert f"fed-pilot on the test set, read once at the end: accuracy {accuracy:.4f} after round 3" in result.output
+    read.clear()
+    assert fedpilot("run", "--resume", str(path)).exit_code == 0
+    assert read == []
+
+
+def test_each_round_records_the_aggregation_error_unless_it_is_switched_off(
+    toy: Toy, finished: Finished, tmp_path: Path
+) -> None:
+    assert all(line["facts"]["aggregation_error"] > 0 for line in finished.directory.lines()[1:])  # type: ignore[index]
+    toy.run("--out", str(tmp_path / "off"), *settings(evaluation__aggregation_error=False))
+    assert all("aggregation_error" not in line["facts"] for line in RunDirectory.open(tmp_path / "off").lines())  # type: ignore[operator]
+    assert digest(tmp_path / "off") == digest(finished.path)
+
+
+def test_a_method_with_another_kind_of_step_has_a_profile_of_its_own(toy: Toy) -> None:
+    made = setup.experiment(load_recipe(toy.recipe))
+    plain, freezing = AlgorithmSettings("fedit"), AlgorithmSettings("ffa-lora")
+    assert made.kind(plain) is None
+    assert made.kind(freezing) == StepKind(("B",))
+    spec = made.sketch.spec
+    both = planning.train_all(spec, 0, 2)
+    only_b = replace(both, trainable=frozenset(name for name in both.trainable if not name.endswith("lora_A")))
+    assert 0 < memory.peak_bytes(made.profile(freezing), only_b) < memory.peak_bytes(made.profile(plain), both)
+    with pytest.raises(PlanError):
+        memory.peak_bytes(made.profile(plain), only_b)
+
+
 def test_texts_that_are_cut_are_counted_on_the_screen(toy: Toy, tmp_path: Path) -> None:
     result = fedpilot("plan", str(toy.recipe), "--out", str(tmp_path), *settings(model__max_length=4))
     assert "training data: 45 examples" in result.output
@@ -521,6 +593,14 @@ def test_an_export_holds_the_adapter_that_was_asked_for(toy: Toy, finished: Fini
     assert "bad, good" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_an_export_is_cut_to_the_rank_that_is_asked_for(toy: Toy, finished: Finished, tmp_path: Path) -> None:
+    result = fedpilot("export", str(finished.path), str(tmp_path / "adapter"), "--which", "last", "--max-rank", "1")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) == {1}
+    assert "of the changes' Frobenius norm is left out" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_exporting_what_is_no_run_exits_with_1(tmp_path: Path) -> None:
     result = fedpilot("export", str(tmp_path), str(tmp_path / "adapter"))
     assert result.exit_code == 1
@@ -539,7 +619,10 @@ def test_assets_are_listed_and_an_unknown_one_is_refused() -> None:
 def test_the_commands_are_those_that_work() -> None:
     group = cli.typer.main.get_command(app)
     assert isinstance(group, click.Group)
-    assert sorted(group.commands) == ["assets", "export", "plan", "profile", "run"]
+    commands = ["assets", "certs", "compare", "compare-worker", "export", "join", "plan", "profile"]
+    commands += ["report", "run", "serve"]
+    assert sorted(group.commands) == commands
+    assert [name for name, command in group.commands.items() if command.hidden] == ["compare-worker"]
     assert all(command.help for command in group.commands.values())
 
 

@@ -1,8 +1,10 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedpilot import assets
 from fedpilot.config import profiles
 from fedpilot.config.recipe import load_recipe
 from fedpilot.record import RunDirectory
@@ -21,7 +23,8 @@ def command_of(recipe: Path) -> str:
 def test_a_shipped_recipe_loads_and_opens_with_its_command_and_expected_figure(recipe: Path) -> None:
     settings = load_recipe(recipe)
     assert settings.run.name.replace("-", "_") == recipe.stem
-    assert command_of(recipe).startswith(f"fedpilot run recipes/{recipe.name}")
+    command = "compare" if recipe.stem.startswith("study_") else "run"
+    assert command_of(recipe).startswith(f"fedpilot {command} recipes/{recipe.name}")
     assert re.search(r"^# Expected: ", recipe.read_text(), re.MULTILINE)
 
 
@@ -58,6 +61,21 @@ def test_in_the_quickstart_the_smallest_tiers_cannot_train_all_blocks_and_the_la
     peaks = [up for _, up, _ in profiles.of_recipe(recipe).by_block]
     small, medium, large = recipe.clients.memory
     assert peaks[-1] <= small < medium < peaks[0] <= large
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "lowest"),
+    [("study_banking77", 77, (4, 2, 0)), ("study_vader_domains", 2, (4, 2, 0)), ("study_fashion_mnist", 10, (8, 4, 0))],
+)
+def test_the_tiers_of_a_study_are_all_blocks_two_thirds_and_a_third(
+    name: str, classes: int, lowest: tuple[int, int, int]
+) -> None:
+    recipe = load_recipe(FOLDER / f"{name}.toml")
+    model = replace(recipe.model, source=assets.resolve(recipe.model.source))
+    peaks = [up for _, up, _ in profiles.profile(model, recipe.training, classes, None).by_block]
+    for budget, block in zip(recipe.clients.memory, lowest, strict=True):
+        assert peaks[block] <= budget < peaks[block] + 2**20  # a tenth of a MiB would do; one less block would show
+        assert block == 0 or budget < peaks[block - 1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: ``fedpilot run | plan | profile | export | assets``.
+"""The command line: ``fedpilot run | compare | serve | join | certs | plan | report | profile | export | assets``.
 
 Exit codes: 0 done, 2 a recipe or an option is wrong, 1 anything else. Heavy imports stand in the commands, so that help
 and usage errors are immediate.
@@ -87,6 +87,77 @@ def run(
 
 
 @app.command()
+def compare(
+    recipe: RecipeFile,
+    algorithms: Annotated[
+        str,
+        typer.Option(metavar="A,B,C", help="Names of sections [methods.NAME], or of algorithms with their defaults."),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: the recipe's run.seed and those after it.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The comparison's folder; by default NAME-compare beside the runs."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once, each in a process of one thread; by default one for each core."),
+    ] = None,
+    overrides: Overrides = None,
+    target: Annotated[float | None, typer.Option(help="The metric whose first round is reported.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.KEY=V1,V2,...",
+            help="Chooses a setting for every method on validation data first; several make a grid.",
+        ),
+    ] = None,
+    tune_rounds: Annotated[int | None, typer.Option(help="Rounds of each try.")] = None,
+    tune_seed: Annotated[int | None, typer.Option(help="Seed of the tries; by default the first.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Runs nothing; reports what is there.")] = False,
+) -> None:
+    """Compares methods on the same data, budgets, seeds and steps; the same command goes on after a stop."""
+    with LogFile():
+        from fedpilot import commands
+
+        names = [name.strip() for name in algorithms.split(",") if name.strip()]
+        options = commands.CompareOptions(
+            names, seeds, out, workers, target, tune or [], tune_rounds, tune_seed, report_only
+        )
+        try:
+            finished = commands.compare(recipe, overrides or [], options)
+        except commands.Stopped as stopped:
+            click.echo(f"\n{stopped}", err=True)
+            raise typer.Exit(1) from None
+        if not finished:
+            raise typer.Exit(1)
+
+
+@app.command(hidden=True, name="compare-worker")
+def compare_worker() -> None:
+    """Does one run of a comparison, which it reads from its standard input."""
+    with LogFile() as log:
+        from fedpilot.compare import workers
+
+        workers.work(log.write_to)
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run directories, or folders of comparisons.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="By default report.html in the first directory.")
+    ] = None,
+) -> None:
+    """Writes one page that needs no network: what was learnt, who trained what, what it took; several side by side."""
+    with LogFile():
+        from fedpilot import commands
+
+        commands.write_page(directories, out)
+
+
+@app.command()
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -148,12 +219,94 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     which: Annotated[Literal["best", "last"], typer.Option(help="Which adapter.")] = "best",
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of a pair; what that leaves out goes into the model card.")
+    ] = None,
 ) -> None:
-    """Writes the trained adapter as a PEFT folder."""
+    """Writes the trained adapter as a PEFT folder; what was merged into the base becomes part of its pairs."""
     with LogFile():
         from fedpilot import commands
 
-        commands.export(directory, out, which)
+        commands.export(directory, out, which, max_rank)
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address that nodes reach the server by; may be given repeatedly."),
+    ] = None,
+    node: Annotated[list[str] | None, typer.Option(help="Name of a client; may be given repeatedly.")] = None,
+    days: Annotated[int, typer.Option(min=1, help="Days that the server's certificate is good.")] = 365,
+) -> None:
+    """Makes the certificates of a server and a key for each node; adds what is missing to a folder that has some."""
+    from fedpilot.engines.flower import commands
+
+    commands.certs(folder, host or [], node or [], days, click.echo)
+
+
+@app.command()
+def serve(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML file.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run directory; by default a free name in the recipe's out."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Goes on with a run that was stopped."),
+    ] = None,
+    certificates: Annotated[Path, typer.Option("--certs", help="What fedpilot certs wrote.")] = Path("certs"),
+    address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where nodes reach it.")] = "0.0.0.0:8000",
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clients to start with; by default all that the recipe divides its data among."),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until they must be there.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds, at least, for the answer to a task.")] = 600.0,
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks for work.")] = 0.5,
+) -> None:
+    """Runs a recipe with the nodes that join, over TLS; ends with the run, and with its exit code."""
+    if (recipe is None) == (resume is None):
+        raise click.UsageError("give a recipe, or --resume with a run directory")
+    if resume is not None and (overrides or out):
+        raise click.UsageError("--resume goes on with the settings of the run; it takes neither --set nor --out")
+    with LogFile():
+        from fedpilot.engines.flower import commands
+
+        where = commands.Where(out, resume, certificates, address)
+        commands.serve(recipe, overrides or [], where, nodes, wait, timeout, poll, click.echo)
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The server.")],
+    ca: Annotated[Path, typer.Option(help="The server's ca.crt.")],
+    key: Annotated[Path, typer.Option(help="The node's own key, of the server's certs/nodes.")],
+    folder: Annotated[Path, typer.Option(help="What the node remembers, and its logs.")] = Path("node"),
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the client; by default the key's, or that of its part of the recipe's data."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Its own data file, in the form of the recipe's.")] = None,
+    partition: Annotated[int | None, typer.Option(min=0, help="Instead: its part of the recipe's data.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|auto|recipe",
+            help='Its budget, as "6 GiB"; auto is what is free, and the default with --data; recipe is the tier\'s.',
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its own folder of the base model.")] = None,
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks for messages.")] = 0.5,
+) -> None:
+    """Takes part in runs of a server until it is stopped; comes back by itself."""
+    from fedpilot.engines.flower import commands
+
+    what = commands.What(name, data, partition, memory, model)
+    commands.join(server, ca, key, folder, what, poll, click.echo)
 
 
 @app.command()

@@ -1,7 +1,9 @@
 """What the commands do; `cli` holds their options."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,6 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpilot import assets, display, jobs, progress
+from fedpilot.compare import report, study, tuning
+from fedpilot.compare.report import Report
+from fedpilot.compare.study import DryPlan, Member, Study
+from fedpilot.compare.tuning import Choice, Search
+from fedpilot.compare.workers import run_members as run_in_processes
 from fedpilot.comparison import Comparison, Line, rounds_trained, standings
 from fedpilot.config import profiles, setup
 from fedpilot.config.population import Population
@@ -22,7 +29,7 @@ from fedpilot.jobs import Job
 from fedpilot.model import build_model
 from fedpilot.planning import trained_blocks
 from fedpilot.record import RunDirectory
-from fedpilot.report import plots
+from fedpilot.report import page, plots
 from fedpilot.rounds import PLANNING, SAMPLING, generator, sample
 from fedpilot.types import LeftOut, Plan
 
@@ -33,6 +40,8 @@ def begin(recipe: Path | None, overrides: Sequence[str], out: Path | None, resum
     """The run directory with everything up to the first round."""
     console = display.console_for()
     settings = None if recipe is None else load_recipe(recipe, overrides)
+    if settings is not None:
+        jobs.check_engine(settings)
     with progress.working(console, "loading data and tracing the memory of a training step"):
         if settings is not None:
             job = jobs.start(settings, out)
@@ -62,12 +71,21 @@ def finish(job: Job) -> None:
     rows = [("before training", stood[0]), (job.recipe.algorithm.name, stood[-1])]
     if comparison is not None:
         rows = display.comparison_rows(comparison)
-    console.print(display.metrics_table(rows, metric))
+    console.print(display.metrics_table(rows, metric, job.recipe.evaluation.on))
+    ends = [(job.recipe.algorithm.name, jobs.tested(job.directory))]
+    if comparison is not None:
+        ends.append((comparison.baseline, jobs.tested(job.baseline_directory())))
+    for name, end in ends:
+        if end is not None:
+            value = f"{metric} {end.metrics[metric]:.4f}"
+            console.print(f"{name} on the test set, read once at the end: {value} after round {end.round}")
     for sentence in display.verdict(comparison) if comparison is not None else ():
         console.print(sentence, soft_wrap=True)
     pictures = draw(job, lines, comparison)
     console.print()
-    written = f"written to {job.path}: metrics.jsonl, adapters/best and adapters/last, {', '.join(pictures)}"
+    first = [page.FILE] if (job.path / page.FILE).exists() else []
+    names_of_files = [*first, "metrics.jsonl", "adapters/best and adapters/last", *pictures]
+    written = f"written to {job.path}: {', '.join(names_of_files)}"
     console.print(written, soft_wrap=True)
     console.print(f"take the adapter home: fedpilot export {job.path} my-adapter", soft_wrap=True)
 
@@ -91,7 +109,7 @@ def draw(job: Job, lines: Sequence[Line], comparison: Comparison | None) -> list
     made.append(
         plots.metric_over_time(
             {
-                name: ([stood.seconds for stood in line], [stood.metrics[metric] for stood in line])
+                name: ([s.seconds for s in line if s.metrics], [s.metrics[metric] for s in line if s.metrics])
                 for name, line in curves.items()
             },
             metric,
@@ -107,6 +125,133 @@ def say_how_to_resume(job: Job) -> None:
     console.print(
         f"\nstopped; every finished round is on disk. Go on with: fedpilot run --resume {job.path}", soft_wrap=True
     )
+
+
+# --- compare ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of ``fedpilot compare``; see there."""
+
+    methods: Sequence[str]
+    seeds: int
+    out: Path | None
+    workers: int | None
+    target: float | None
+    tune: Sequence[str]
+    tune_rounds: int | None
+    tune_seed: int | None
+    report_only: bool
+
+
+def compare(recipe: Path, overrides: Sequence[str], options: CompareOptions) -> bool:
+    """Runs what is missing of a comparison, and reports; whether all runs are done."""
+    console = display.console_for()
+    settings = load_recipe(recipe, overrides)
+    folder = options.out or Path(settings.run.out) / f"{settings.run.name}-compare"
+    made = study.study(settings, options.methods, options.seeds, folder)
+    problems: dict[str, str] = {}
+    if not options.report_only:
+        search = tuning.parse(options.tune, options.tune_rounds, made, options.tune_seed) if options.tune else None
+        with study.alone(folder):
+            with progress.working(console, "loading data, tracing the memory of a training step and planning a round"):
+                made, plans = study.check(made)
+            console.print(dry_table(plans))
+            try:
+                if search is not None:
+                    made, problems = search_settings(console, made, search, options.workers)
+                problems |= run_members(console, made, made.members(), options.workers)
+            except KeyboardInterrupt:
+                raise Stopped(
+                    f"stopped; every finished round is on disk. Go on with the same command; the folder is {folder}"
+                ) from None
+    show_report(console, report.read(made, options.target))
+    for label, problem in problems.items():
+        console.print(f"{label} failed: {problem}", style="red", markup=False, soft_wrap=True)
+    return not problems
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """Ctrl-C, with what to say about it."""
+
+
+def search_settings(console: Console, made: Study, search: Search, workers: int | None) -> tuple[Study, dict[str, str]]:
+    """Tries every method with every setting, and takes the best on validation data."""
+    problems = run_members(console, made, tuning.tries(made, search), workers)
+    chosen = tuning.choose(made, search)
+    made = tuning.write(made, search, chosen)
+    console.print(search_table(made, search, chosen))
+    absent = {method: "no try of its search succeeded" for method in made.methods if method not in chosen}
+    return replace(made, methods=tuple(method for method in made.methods if method in chosen)), problems | absent
+
+
+def run_members(console: Console, made: Study, members: Sequence[Member], workers: int | None) -> dict[str, str]:
+    """Runs what is not done; label -> problem of those that failed."""
+    waiting = [member for member in members if not member.done()]
+    done = len(members) - len(waiting)
+    if done:
+        console.print(f"{display.counted(done, 'run')} of {len(members)} done before")
+    count = workers or len(os.sched_getaffinity(0))
+    metric = made.recipe.evaluation.metric
+    with progress.Runs(console, metric, len(waiting)) as watcher:
+        return run_in_processes(
+            waiting,
+            workers=count,
+            traces=made.path / study.TRACES,
+            logs=made.path / study.LOGS,
+            watcher=watcher,
+        )
+
+
+def dry_table(plans: Sequence[DryPlan]) -> Table:
+    """What each method would do with the whole population in its first round."""
+    table = Table(title="In round 1, of all clients", title_justify="left")
+    for header in ("method", "left out", "blocks trained", "slowest client"):
+        table.add_column(header, justify="left" if header == "method" else "right")
+    for plan in plans:
+        fewest, most = plan.blocks
+        blocks = str(most) if fewest == most else f"{fewest} to {most}"
+        seconds = "-" if plan.seconds is None else display.clock(plan.seconds)
+        table.add_row(plan.method, f"{plan.left_out} of {plan.clients}", blocks, seconds)
+    return table
+
+
+def search_table(made: Study, search: Search, chosen: Mapping[str, Choice]) -> Table:
+    """The tries of each method, the best one marked."""
+    metric = made.recipe.evaluation.metric
+    table = Table(title=f"Search on validation data, {search.rounds} rounds each: {metric}", title_justify="left")
+    table.add_column("method")
+    for candidate in search.candidates():
+        table.add_column(", ".join(candidate), justify="right")
+    for method, choice in chosen.items():
+        scores = [(candidate, choice.scores[candidate]) for candidate in search.candidates()]
+        table.add_row(method, *(f"{score:.4f}{' *' if c == choice.overrides else ''}" for c, score in scores))
+    return table
+
+
+def show_report(console: Console, found: Report) -> None:
+    """Tables and sentences on the screen; the same, with plots, in the folder."""
+    console.print()
+    wide = Console(width=200, highlight=False) if not console.is_terminal else console
+    wide.print(report.screen_table("Comparison", *report.rows(found)))
+    header, cells = report.equal_rows(found)
+    if len(header) > 1:
+        wide.print(report.screen_table(f"{found.goal.metric} at equal cost", header, cells))
+    for sentence in report.sentences(found):
+        console.print(sentence, soft_wrap=True)
+    written = report.write(found)
+    if any(method.runs for method in found.methods) and (made := page.try_to_write(found.made.path)) is not None:
+        written.append(made)
+    console.print(f"written to {found.made.path}: {', '.join(path.name for path in written)}", soft_wrap=True)
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def write_page(directories: Sequence[Path], out: Path | None) -> None:
+    """The page of runs and comparisons."""
+    display.console_for().print(f"written to {page.write(directories, out)}", soft_wrap=True)
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------
@@ -234,7 +379,7 @@ def show_profile(console: Console, found: profiles.Profile, seconds: float) -> N
 # --- export, assets -----------------------------------------------------------------------------------------------
 
 
-def export(directory: Path, out: Path, which: Literal["best", "last"]) -> None:
+def export(directory: Path, out: Path, which: Literal["best", "last"], max_rank: int | None = None) -> None:
     """The adapter as a PEFT folder."""
     console = display.console_for()
     found = RunDirectory.open(directory)
@@ -244,7 +389,8 @@ def export(directory: Path, out: Path, which: Literal["best", "last"]) -> None:
         setup.resolved_model(recipe), num_labels=len(labels) or None, device="fake", seed=recipe.run.seed
     )
     about = {"method": recipe.algorithm.name, "data": recipe.data.source, "adapter": which, **flat(facts)}
-    export_peft(adapted, deployment, out, facts=about | {"classes": ", ".join(labels) or "none"})
+    about |= {"classes": ", ".join(labels) or "none"}
+    export_peft(adapted, deployment, out, facts=about, max_rank=max_rank)
     console.print(f"written to {out}: adapter_config.json, adapter_model.safetensors, README.md", soft_wrap=True)
     console.print(f"load it with: PeftModel.from_pretrained(base_model, {str(out)!r})", soft_wrap=True)
 

@@ -24,7 +24,7 @@ class Standing:
         round: The round.
         seconds: Of training until then, as a federation of machines would take them: each round lasts as long as its
             slowest client. Evaluation is not counted.
-        metrics: Of the evaluation.
+        metrics: Of the evaluation; empty where the round was not evaluated.
     """
 
     round: int
@@ -45,8 +45,8 @@ class Comparison:
         before: The untrained model.
         after: The method after its last round.
         equal_rounds: The baseline after as many rounds.
-        equal_time: The baseline after the first round that ends at the same training time or later; ``None`` where no
-            client could take part.
+        equal_time: The baseline after the first evaluated round that ends at the same training time or later; ``None``
+            where no client could take part.
     """
 
     metric: str
@@ -110,7 +110,7 @@ def compare(recipe: Recipe, lines: Sequence[Line], baseline_lines: Sequence[Line
     own, others = standings(lines), standings(baseline_lines)
     last = own[-1]
     participants = took_part(baseline_lines)
-    equal_time = next((stood for stood in others if stood.seconds >= last.seconds), None)
+    equal_time = next((stood for stood in others if stood.metrics and stood.seconds >= last.seconds), None)
     return Comparison(
         metric=goal.metric,
         higher_is_better=goal.higher_is_better,

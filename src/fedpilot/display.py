@@ -134,10 +134,10 @@ def _of_client(lines: Sequence[Line], key: str, client: int) -> list[Mapping[str
     return [entry for entry in entries if entry["client_id"] == client]
 
 
-def metrics_table(rows: Sequence[tuple[str, Standing]], metric: str) -> Table:
-    """The metric overall and by group, before and after."""
+def metrics_table(rows: Sequence[tuple[str, Standing]], metric: str, on: str = "test") -> Table:
+    """The metric overall and by group, before and after, on the ``test`` or the ``validation`` set."""
     groups = sorted(name.partition("/")[2] for name in rows[0][1].metrics if name.startswith(f"{metric}/"))
-    table = Table(title=f"{metric.capitalize()} on the test set", title_justify="left")
+    table = Table(title=f"{metric.capitalize()} on the {on} set", title_justify="left")
     table.add_column("")
     for header in ("rounds", "training time", "overall", *groups):
         table.add_column(header, justify="right", no_wrap=True)

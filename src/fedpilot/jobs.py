@@ -6,21 +6,27 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from fedpilot import checkpoint
-from fedpilot.comparison import Comparison, Line, compare, display_name, standings, summary, took_part
+from fedpilot.comparison import Comparison, Line, Standing, compare, display_name, standings, summary, took_part
 from fedpilot.config import setup
 from fedpilot.config.recipe import Recipe, read_recipe
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.setup import Experiment
-from fedpilot.errors import RecordError
+from fedpilot.errors import ConfigError, RecordError
 from fedpilot.manifest import manifest
-from fedpilot.record import RunDirectory
+from fedpilot.record import RunDirectory, strict
 from fedpilot.rounds import Observer, Unwatched
 from fedpilot.runs import train
+from fedpilot.types import Algorithm, Deployment, Engine
 
-BASELINE, COMPARISON, RECIPE, LOG = "baseline", "comparison.json", "recipe.toml", "log.txt"
+BASELINE, COMPARISON, RECIPE, LOG, TEST = "baseline", "comparison.json", "recipe.toml", "log.txt", "test.json"
+KEPT = "kept"  # folder of what clients keep, where the recipe wants it on disk
+
+
+EngineFor: TypeAlias = Callable[[AlgorithmSettings, Algorithm[Any]], Engine]
+"""A method's settings and the method -> what carries its tasks."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,12 @@ class Job:
     Attributes:
         experiment: The parts.
         directory: The method's run; the baseline's is in its folder ``baseline``.
+        engine_for: Method -> the engine that carries its run; ``None`` for the recipe's own.
     """
 
     experiment: Experiment
     directory: RunDirectory
+    engine_for: EngineFor | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -64,33 +72,43 @@ def unwatched(name: str, num_rounds: int) -> AbstractContextManager[Observer]:
     return nullcontext(Unwatched())
 
 
-def start(recipe: Recipe, path: Path | None = None) -> Job:
+def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = None) -> Job:
     """A new run directory with everything up to the first round.
 
     Args:
         recipe: The configuration.
         path: The run directory, new or empty; ``None`` for a free name in the recipe's ``out``.
+        traces: Folder that keeps memory profiles; ``None`` to trace anew.
 
     Raises:
         FedpilotError: Data, model or directory cannot be had as asked; nothing is written then.
     """
-    experiment = setup.experiment(recipe)
+    experiment = setup.experiment(replace(recipe, methods={}), traces=traces)  # a run has one method
     recipe = experiment.recipe  # now with what was measured on this machine
     where = path or free_path(Path(recipe.run.out), recipe.run.name)
-    labels = {"label_names": list(experiment.population.table.label_names)}
-    directory = RunDirectory.create(where, facts_of(recipe) | labels)
+    people = experiment.population
+    known = {
+        "label_names": list(people.table.label_names),
+        "tiers": list(people.tiers),
+        "num_blocks": experiment.sketch.spec.num_blocks,
+    }
+    directory = RunDirectory.create(where, facts_of(recipe) | known)
     checkpoint.write_file(directory.path / RECIPE, recipe.to_toml().encode())
     return Job(experiment, directory)
 
 
-def resume(path: Path) -> Job:
+def resume(path: Path, *, traces: Path | None = None) -> Job:
     """A run that was stopped, or is done.
+
+    Args:
+        path: The run directory.
+        traces: Folder that keeps memory profiles; ``None`` to trace anew.
 
     Raises:
         RecordError: There is no run.
     """
     recipe = recipe_of(path)
-    experiment = setup.experiment(recipe)
+    experiment = setup.experiment(recipe, traces=traces)
     return Job(experiment, RunDirectory.open(path, facts_of(recipe)))
 
 
@@ -126,31 +144,112 @@ def free_path(folder: Path, name: str) -> Path:
     return path
 
 
-def run(job: Job, watch: Watch = unwatched) -> Comparison | None:
-    """Runs what is left of the method and its baseline, and writes ``comparison.json``.
+def tested(directory: RunDirectory) -> Standing | None:
+    """What the test set said of a run that was evaluated on validation data; ``None`` before its end.
+
+    Raises:
+        RecordError: The file is damaged.
+    """
+    file = directory.path / TEST
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+        metrics = {name: math.nan if value is None else value for name, value in found["metrics"].items()}
+        return Standing(int(found["round"]), 0.0, metrics)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = "delete it and resume the run to write it again"
+        raise RecordError(f"{file} must hold a round and its metrics, got {error!r}; {advice}") from error
+
+
+def run(job: Job, watch: Watch = unwatched, *, read_test: bool = True) -> Comparison | None:
+    """Runs what is left of the method and its baseline, and writes ``comparison.json`` and ``report.html``.
+
+    Args:
+        job: The run.
+        watch: Who watches.
+        read_test: Whether a run that is evaluated on validation data reads the test set at its end.
 
     Returns:
         The comparison; ``None`` for a recipe without a baseline.
+
+    Raises:
+        ConfigError: The recipe's engine is one whose nodes must join first.
     """
     recipe = job.recipe
+    if job.engine_for is None and recipe.run.engine != "in-process":
+        return _over_flower(job, watch, read_test)
+    from fedpilot.report import page, people  # templates take their time, and a plan needs none
+
+    people.write(job.experiment.population, job.path)
+    comparison = _run(job, watch, read_test)
+    page.try_to_write(job.path)
+    return comparison
+
+
+def _run(job: Job, watch: Watch, read_test: bool) -> Comparison | None:
+    recipe = job.recipe
     with watch(recipe.algorithm.name, recipe.run.rounds) as observer:
-        _train(job, recipe.algorithm, job.directory, recipe.run.rounds, observer, stop_early=True)
+        ended = _train(job, recipe.algorithm, job.directory, recipe.run.rounds, observer, stop_early=True)
+    if read_test:
+        ended.read_test()
     if recipe.baseline is None:
         return None
-    directory = _run_baseline(job, recipe.baseline, job.directory.lines(), watch)
+    directory = _run_baseline(job, recipe.baseline, job.directory.lines(), watch, read_test)
     comparison = compare(recipe, job.directory.lines(), directory.lines())
     checkpoint.write_file(job.path / COMPARISON, (json.dumps(summary(comparison), indent=2) + "\n").encode())
     return comparison
 
 
+def check_engine(recipe: Recipe) -> None:
+    """Refuses a recipe whose nodes must join first.
+
+    Raises:
+        ConfigError: As said.
+    """
+    if recipe.run.engine == "flower":
+        raise ConfigError(['run.engine must be another one here, got "flower"; use fedpilot serve and fedpilot join'])
+
+
+def _over_flower(job: Job, watch: Watch, read_test: bool) -> Comparison | None:
+    check_engine(job.recipe)
+    from fedpilot.engines.flower.commands import require
+
+    require()
+    from fedpilot.engines.flower import simulation  # an extra, and it needs this module
+
+    return simulation.run(job, watch, read_test=read_test)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A run whose rounds are done."""
+
+    experiment: Experiment
+    directory: RunDirectory
+    round: int
+    deployment: Deployment
+
+    def read_test(self) -> None:
+        """Writes ``test.json``, once, where the rounds were evaluated on validation data."""
+        known = tested(self.directory)
+        if self.experiment.recipe.evaluation.on == "test" or (known is not None and known.round == self.round):
+            return
+        metrics = strict(dict(self.experiment.evaluate_on("test", self.deployment)))
+        text = json.dumps({"round": self.round, "metrics": metrics}, indent=2) + "\n"
+        checkpoint.write_file(self.directory.path / TEST, text.encode())
+
+
 def _train(
     job: Job, method: AlgorithmSettings, directory: RunDirectory, rounds: int, observer: Observer, *, stop_early: bool
-) -> None:
+) -> _Ended:
     experiment = job.experiment
     algorithm = experiment.algorithm(method)
-    train(
+    outcome = train(
         algorithm,
-        experiment.engine(algorithm),
+        job.engine_for(method, algorithm)
+        if job.engine_for is not None
+        else experiment.engine(algorithm, directory.path / KEPT),
         experiment.population.clients,
         experiment.evaluate,
         directory,
@@ -159,10 +258,16 @@ def _train(
         best=setup.goal(job.recipe),
         early_stop=setup.early_stop(job.recipe) if stop_early else None,
         observer=observer,
+        cadence=setup.cadence(job.recipe),
+        measure_aggregation=job.recipe.evaluation.aggregation_error,
+        safeguards=job.recipe.safeguards,
     )
+    return _Ended(experiment, directory, outcome.round, algorithm.deploy(outcome.state))
 
 
-def _run_baseline(job: Job, method: AlgorithmSettings, lines: Sequence[Line], watch: Watch) -> RunDirectory:
+def _run_baseline(
+    job: Job, method: AlgorithmSettings, lines: Sequence[Line], watch: Watch, read_test: bool
+) -> RunDirectory:
     """As many rounds as the method had, then more until it has had as much training time."""
     directory = job.baseline_directory()
     target = standings(lines)[-1]
@@ -170,8 +275,10 @@ def _run_baseline(job: Job, method: AlgorithmSettings, lines: Sequence[Line], wa
     rounds = target.round
     while True:
         with watch(name, rounds) as observer:
-            _train(job, method, directory, rounds, observer, stop_early=False)
+            ended = _train(job, method, directory, rounds, observer, stop_early=False)
         stood = standings(directory.lines())[-1]
         if stood.seconds >= target.seconds or not took_part(directory.lines()):
+            if read_test:
+                ended.read_test()
             return directory
         rounds = stood.round + max(1, math.floor((target.seconds - stood.seconds) / (stood.seconds / stood.round)))

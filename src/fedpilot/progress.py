@@ -1,15 +1,18 @@
 """What a terminal shows while a run goes on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
+from fedpilot.compare.study import Member
 from fedpilot.display import clock, counted, size, why
 from fedpilot.exchange import UploadRecord
 from fedpilot.rounds import RoundRecord
@@ -91,7 +94,8 @@ class Watcher:
             self._seconds.append(seconds)
         losses = [upload.metrics["loss"] for upload in record.uploads if "loss" in upload.metrics]
         value = record.metrics.get(self.metric)
-        self._value = "" if value is None else f"{self.metric} {value:.4f}  "
+        if value is not None:
+            self._value = f"{self.metric} {value:.4f}  "
         parts = [
             f"{self.title}  round {record.round:>{len(str(self.num_rounds))}}/{self.num_rounds}",
             counted(len(record.uploads), "client") if record.round else "",
@@ -110,6 +114,86 @@ class Watcher:
         share = done / (planned or 1)
         whole = _mean(self._seconds) if self._seconds else elapsed / max(share, 1e-9)
         return clock(whole * rounds_left + max(whole - elapsed, 0.0))
+
+
+@dataclass
+class Runs:
+    """Shows runs in other processes: a line for each evaluation, and on a terminal a row for each run at work.
+
+    Attributes:
+        console: Where to.
+        metric: The metric of the lines.
+        total: Runs to be done.
+    """
+
+    console: Console
+    metric: str
+    total: int
+    _lines: dict[str, list[Mapping[str, object]]] = field(init=False, default_factory=dict)
+    _rounds: dict[str, int] = field(init=False, default_factory=dict)
+    _begun: dict[str, float] = field(init=False, default_factory=dict)
+    _ended: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._live = Live(console=self.console, transient=True, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def started(self, member: Member) -> None:
+        """A row more."""
+        self._lines[member.label] = []
+        self._rounds[member.label] = member.recipe.run.rounds
+        self._begun[member.label] = time.perf_counter()
+
+    def round_done(self, member: Member, line: Mapping[str, object]) -> None:
+        """Prints evaluations; those of before a stop are only counted."""
+        known = self._lines[member.label]
+        known.append(line)
+        resumed = time.perf_counter() - self._begun[member.label] < sum(map(_seconds_of, known))
+        if not resumed and self.metric in cast(Mapping[str, object], line["metrics"]):
+            self.console.print("  ".join(part for part in (member.label, *self._facts(member.label)) if part))
+
+    def ended(self, member: Member, problem: str | None) -> None:
+        """A row less; a problem is said."""
+        self._ended += 1
+        took = clock(time.perf_counter() - self._begun.pop(member.label))
+        done = f"({self._ended} of {self.total} runs)"
+        if problem is None:
+            self.console.print(f"{member.label}  done in {took} {done}")
+        else:
+            self.console.print(f"{member.label}  failed after {took} {done}: {problem}", style="red", markup=False)
+
+    def tick(self) -> None:
+        """Draws the rows anew."""
+        if self.console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for label in self._begun:
+                table.add_row(label, *self._facts(label))
+            self._live.update(table, refresh=True)
+
+    def _facts(self, label: str) -> tuple[str, str, str]:
+        """Round, metric and time left of a run."""
+        lines, rounds = self._lines[label], self._rounds[label]
+        if not lines:
+            return "getting ready", "", ""
+        at = cast(int, lines[-1]["round"])
+        values = [value for line in lines if (value := cast(Mapping[str, object], line["metrics"]).get(self.metric))]
+        value = f"{self.metric} {values[-1]:.4f}" if values else ""
+        seconds = [_seconds_of(line) for line in lines if line["round"] != 0]
+        left = f"left {clock(_mean(seconds) * (rounds - at))}" if seconds else ""
+        return f"round {at:>{len(str(rounds))}}/{rounds}", value, left
+
+
+def _seconds_of(line: Mapping[str, object]) -> float:
+    return cast(Mapping[str, float], line["seconds"]).get("total", 0.0)
 
 
 def _mean(values: Sequence[float]) -> float:
