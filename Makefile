@@ -7,10 +7,10 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo test lint slow clean
+.PHONY: help setup assets demo deploy-demo test lint slow clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ assets: setup  ## fetch the pinned weights and data of the quickstart and the fa
 demo: assets  ## twelve unequal clients train one adapter on real weights and data
 	OMP_NUM_THREADS=$(DEMO_THREADS) OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(BIN)/fedpilot run recipes/quickstart.toml
 DEMO_THREADS ?= 2
+
+deploy-demo: assets  ## a server and four nodes as real processes over TLS, from certificates to the adapter
+	$(BIN)/python examples/deploy_demo.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
