@@ -314,3 +314,51 @@ def test_columns_of_ids_do_not_make_groups() -> None:
     sites = np.array(["a", "b"] * 6)
     rows = Rows(np.zeros(12, dtype=np.int64), columns={"id": ids, "site": sites})
     assert strata(rows).tolist() == [0, 1] * 6
+
+
+# --- validation rows -------------------------------------------------------------------------------------------------
+
+
+def test_validation_rows_come_from_the_training_rows_in_proportion(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "data.csv", cells(80))
+    whole = load(DataSettings(path, test_fraction=0.25, columns=("site",)))
+    table = load(DataSettings(path, test_fraction=0.25, columns=("site",), validation_fraction=0.2))
+    assert table.validation is not None
+    assert (len(table.train), len(table.validation), len(table.test)) == (48, 12, 20)
+    assert sorted([*table.train.texts, *table.validation.texts]) == sorted(whole.train.texts)
+    assert list(table.test.texts) == list(whole.test.texts)  # the test set is the same with and without
+    assert np.bincount(table.validation.labels).tolist() == [9, 3]
+    assert whole.validation is None
+
+
+def test_validation_rows_follow_from_the_seed_alone(tmp_path: Path) -> None:
+    path, test = write_csv(tmp_path / "data.csv", cells(80)), write_csv(tmp_path / "test.csv", cells(8))
+
+    def chosen(**changes: int) -> list[str]:
+        validation = load(DataSettings(path, test=test, validation_fraction=0.2, **changes)).validation  # type: ignore[arg-type]
+        assert validation is not None
+        return list(validation.texts)
+
+    assert chosen() == chosen() != chosen(seed=1)
+    limited = load(DataSettings(path, test=test, validation_fraction=0.2, limit=40))
+    assert limited.validation is not None
+    assert (len(limited.train), len(limited.validation)) == (32, 8)
+
+
+def test_every_class_keeps_a_training_row_when_most_are_held_out(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "data.csv", cells(20))
+    table = load(DataSettings(path, test=path, validation_fraction=0.85))
+    assert set(table.train.labels.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_validation_fraction_that_leaves_nothing_is_refused(tmp_path: Path, fraction: float) -> None:
+    path = write_csv(tmp_path / "data.csv", cells(20))
+    with pytest.raises(DataError, match="validation_fraction must be 0 or more and below 1"):
+        load(DataSettings(path, validation_fraction=fraction))
+
+
+def test_a_validation_fraction_that_rounds_to_no_row_is_refused(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "data.csv", cells(20))
+    with pytest.raises(DataError, match=r"validation_fraction must leave rows on both sides, got 0\.01 of 16 rows"):
+        load(DataSettings(path, validation_fraction=0.01))

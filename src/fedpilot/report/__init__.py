@@ -1,1 +1,1 @@
-"""Pictures of a run; the only folder that imports matplotlib."""
+"""Pictures and the page of a run, made from its files; the only folder that imports matplotlib and jinja2."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -102,3 +103,86 @@ def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path
+
+
+# --- comparisons of methods -----------------------------------------------------------------------------------------
+
+Shares: TypeAlias = NDArray[np.float64]
+"""(tiers, blocks) between 0 and 1; NaN where there is nothing to say."""
+
+PANEL_COLUMNS = 4
+
+
+def metric_bands(
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    place: str,
+    metric: str,
+    path: Path,
+    *,
+    in_bytes: bool = False,
+) -> Path:
+    """A panel a method: its mean over seeds with a band of one standard deviation, all other methods in grey behind it.
+
+    Args:
+        bands: Method -> places, means and spreads.
+        place: What the x axis shows.
+        metric: What the y axis shows.
+        path: The PNG to write.
+        in_bytes: Whether places are bytes, to be shown in MiB.
+    """
+    unit = 2**20 if in_bytes else 1
+    figure, panels = _panels(len(bands), width=3.1, height=2.3)
+    for axes, (name, (x, y, sd)) in zip(panels, bands.items(), strict=True):
+        for other, (other_x, other_y, _) in bands.items():
+            if other != name:
+                axes.plot(np.array(other_x) / unit, other_y, color="0.82", linewidth=0.7, zorder=1)
+        mean, spread = np.array(y), np.array(sd)
+        axes.fill_between(
+            np.array(x) / unit, mean - spread, mean + spread, color="C0", alpha=0.25, linewidth=0, zorder=2
+        )
+        axes.plot(np.array(x) / unit, mean, color="C0", linewidth=1.6, zorder=3)
+        axes.set_title(f"{name}  {mean[-1]:.3f}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel(f"{place}, MiB" if in_bytes else place, fontsize=9)
+    figure.supylabel(metric, fontsize=9)
+    return _save(figure, path)
+
+
+def block_maps(shares: Mapping[str, Shares], tiers: Sequence[str], path: Path) -> Path:
+    """A panel a method: how large a share of each tier's sampled clients trained each block.
+
+    Args:
+        shares: Method -> (tiers, blocks).
+        tiers: Their names.
+        path: The PNG to write.
+    """
+    figure, panels = _panels(len(shares), width=3.1, height=0.9 + 0.32 * len(tiers), shared=False)
+    for axes, (name, share) in zip(panels, shares.items(), strict=True):
+        axes.set_facecolor("0.8")
+        image = axes.imshow(np.ma.masked_invalid(share), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(share.shape[1]), [str(block) for block in range(share.shape[1])], fontsize=7)
+        axes.set_yticks(range(len(tiers)), tiers, fontsize=7)
+        if share.shape[1] <= 12:
+            for (row, column), value in np.ndenumerate(share):
+                if np.isfinite(value):
+                    colour = "white" if value > 0.6 else "black"
+                    text = f"{100 * value:.0f}"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+    figure.supxlabel("block (0 is next to the input); % of the tier's sampled clients that trained it", fontsize=9)
+    figure.colorbar(image, ax=panels, shrink=0.6, label="share")
+    return _save(figure, path)
+
+
+def _panels(count: int, width: float, height: float, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
+    """As many panels as methods, a few in a row."""
+    columns = min(count, PANEL_COLUMNS)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(max(width * columns, 5), max(height * lines, 2.2) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared)
+    flat = list(grid.flat)
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return figure, flat[:count]
