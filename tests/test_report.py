@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 from fedpilot import jobs
 from fedpilot.config.recipe import load_recipe
@@ -384,9 +385,8 @@ def test_the_page_of_a_comparison_is_the_same_without_the_runs_tensors(compariso
 
 
 def test_the_templates_are_in_the_wheel(tmp_path: Path) -> None:
-    build = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     root = Path(__file__).parent.parent
-    wheel = next(build.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"]))
+    wheel = next(WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"]))
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"fedpilot/report/templates/report.{end}" for end in ("html.j2", "css", "js")} <= names
 
@@ -451,8 +451,6 @@ def test_where_every_client_has_its_own_budget_a_tier_has_the_bar_of_its_fullest
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
-needs_browser = pytest.mark.skipif(chromium.FOUND is None, reason="no chromium on this machine")
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
@@ -470,7 +468,7 @@ def tip(browser: chromium.Page) -> str:
     return str(browser.run("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent"))
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_page_is_silent_asks_for_nothing_and_fits(
@@ -488,7 +486,7 @@ def test_the_page_is_silent_asks_for_nothing_and_fits(
     assert browser.run("[...document.querySelectorAll('.plot svg')].every(s => s.getBoundingClientRect().width > 200)")
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 def test_a_pointer_reads_every_kind_of_plot(browser: chromium.Page, run: Path) -> None:
     browser.open(run / "report.html")
     browser.point(*at_round_3(browser))
@@ -505,7 +503,7 @@ def test_a_pointer_reads_every_kind_of_plot(browser: chromium.Page, run: Path) -
     assert tip(browser) == ""
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 def test_the_keyboard_reads_what_a_pointer_does_and_says_it_aloud(browser: chromium.Page, run: Path) -> None:
     browser.open(run / "report.html")
     browser.run("document.getElementById('g0-blocks').focus()")
@@ -519,7 +517,7 @@ def test_the_keyboard_reads_what_a_pointer_does_and_says_it_aloud(browser: chrom
     assert tip(browser) == ""
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 def test_filters_keep_the_clients_that_they_name(browser: chromium.Page, run: Path) -> None:
     browser.open(run / "report.html")
 
@@ -542,7 +540,7 @@ def test_filters_keep_the_clients_that_they_name(browser: chromium.Page, run: Pa
     assert browser.said == []
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 def test_a_line_can_be_taken_away_and_the_theme_turned(browser: chromium.Page, run: Path) -> None:
     browser.open(run / "report.html")
     browser.run("document.querySelector('.lines button[data-line=\"1\"]').click()")
@@ -554,7 +552,7 @@ def test_a_line_can_be_taken_away_and_the_theme_turned(browser: chromium.Page, r
     assert browser.run("getComputedStyle(document.body).backgroundColor") != before
 
 
-@needs_browser
+@pytest.mark.slow  # they need Chromium, which `make slow` installs
 def test_the_large_page_opens_in_two_seconds_and_answers(browser: chromium.Page, tmp_path: Path) -> None:
     file = page.write([large(tmp_path / "large")])
     taken = min(browser.open(file) for _ in range(3))

@@ -31,8 +31,6 @@ from fedpilot.privacy.secure_aggregation import (
 )
 from fedpilot.types import Tensors
 
-pytest.importorskip("cryptography", reason="needs fedpilot[flower]")
-
 SPEC = toy.spec()
 PRESENT = toy.random_adapter(SPEC, 3, 1)
 SHAPES = {name: tuple(tensor.shape) for name, tensor in PRESENT.items()}

@@ -5,9 +5,6 @@ import stat
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("cryptography", reason="needs fedpilot[flower]")
-
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key

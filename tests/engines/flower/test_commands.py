@@ -18,10 +18,6 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "toy.toml"
 
 
-def needs_flower() -> None:
-    pytest.importorskip("flwr", reason="needs fedpilot[flower]")
-
-
 @pytest.mark.parametrize("package", ["flwr", "cryptography"])
 def test_without_flower_every_command_says_how_to_get_it(
     package: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +42,6 @@ def test_an_address_without_a_host_or_a_port_is_refused(address: str) -> None:
 
 
 def test_certificates_are_made_and_said(tmp_path: Path) -> None:
-    needs_flower()
     result = fedpilot("certs", str(tmp_path / "c"), "--host", "fl.example.org", "--node", "a", "--node", "b")
     assert result.exit_code == 0, result.output
     made = {path.name for path in (tmp_path / "c").rglob("*") if path.is_file()}
@@ -55,7 +50,6 @@ def test_certificates_are_made_and_said(tmp_path: Path) -> None:
 
 
 def test_a_server_without_certificates_or_nodes_keys_is_a_wrong_option(recipe: Path, tmp_path: Path) -> None:
-    needs_flower()
     served = ["serve", str(recipe), "--out", str(tmp_path / "run"), "--certs", str(tmp_path / "c")]
     assert fedpilot(*served).exit_code == 2
     fedpilot("certs", str(tmp_path / "c"))
@@ -83,7 +77,6 @@ def test_a_recipe_for_flower_is_not_run_here_and_leaves_no_directory(recipe: Pat
     ],
 )
 def test_a_node_with_wrong_options_does_not_start(options: list[str], message: str, tmp_path: Path) -> None:
-    needs_flower()
     keys = ["--ca", str(tmp_path / "ca"), "--key", str(tmp_path / "key"), "--folder", str(tmp_path / "node")]
     result = fedpilot("join", "127.0.0.1:9", *keys, *options)
     assert result.exit_code == 2

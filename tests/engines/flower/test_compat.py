@@ -5,9 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("flwr", reason="needs fedpilot[flower]")
-
 from flwr.superlink import extensions
 from flwr.supernode import start_client_internal
 

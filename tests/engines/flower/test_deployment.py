@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr", reason="needs fedpilot[flower]")
-
 from fedpilot import jobs, tensors
 from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.engines.flower import certificates, deployment
@@ -273,7 +271,6 @@ def test_a_port_in_use_is_said(place: Place, tmp_path: Path) -> None:
 
 
 def test_flowers_simulation_has_the_bits_of_the_run_in_process(place: Place, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="needs fedpilot[flower-simulation]")
     from fedpilot.engines.flower import simulation
 
     for name in METHODS:

@@ -103,7 +103,6 @@ def test_a_trainer_that_dies_over_a_task_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_short_lived_process_imports_no_model_and_no_torch() -> None:
-    pytest.importorskip("flwr", reason="needs fedpilot[flower]")
     code = (
         "import sys, fedpilot.engines.flower.client_app as _; print([n for n in ('torch', 'peft') if n in sys.modules])"
     )
