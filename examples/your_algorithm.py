@@ -47,8 +47,7 @@ class ClippedFedIT:
     def local_update(self, task: Task, site: Site) -> Upload:
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: ClippedState, uploads: Iterable[Upload]) -> ClippedState:
         mean = tensors.HolderMean()

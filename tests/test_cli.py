@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.setup import Experiment
 from fedpilot.errors import PlanError
 from fedpilot.exchange import UploadRecord
-from fedpilot.memory import MemoryProfile
-from fedpilot.model import AdaptedModel
 from fedpilot.record import RunDirectory
 from fedpilot.rounds import RoundRecord
-from fedpilot.training import TrainingSettings
 from fedpilot.types import Deployment, Failure, LeftOut, Plan, StepKind
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 NOUNS = [f"word{number}" for number in range(20)]
 RECIPE = """
@@ -123,22 +122,6 @@ def save_data(path: Path) -> None:
         filler = " ".join(NOUNS[(number * step) % 20] for step in range(1, 2 + number % 4))
         rows.append(f"{filler} {word} {word},{word},{('Bern', 'Oslo', 'Rome')[number // 2 % 3]}")
     path.write_text("\n".join(rows) + "\n")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Traces one model and step once for all tests."""
-    profile_of, known = setup.profile_of, {}
-
-    def remembered(sketch: AdaptedModel, training: TrainingSettings, **options: Any) -> MemoryProfile:
-        key = (sketch.settings, training.batch_size, tuple(options.items()))
-        if key not in known:
-            known[key] = profile_of(sketch, training, **options)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "profile_of", remembered)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.tiny import FAMILIES
 
 
 def client(family: str, adapted=None, *, count: int = 10, seed: int = 1, **changes) -> ClientModel:
-    own = {name: changes.pop(name) for name in ("measure_peak", "subset_seed", "examples") if name in changes}
+    own = {name: changes.pop(name) for name in ("measured", "subset_seed", "examples") if name in changes}
     settings = TrainingSettings(**{"learning_rate": 0.02, "batch_size": 4, **changes})
     data = own.pop("examples", tiny.examples(family, count))
     return ClientModel(
@@ -129,7 +129,7 @@ def test_the_measured_peak_is_that_of_a_step_on_full_length_examples() -> None:
     ranks = tiny.mixed_ranks(adapted)
     trained = frozenset(lora.names(lora.blocks_modules(adapted.spec, [1, 2])))
     task = tiny.task(adapted, ranks, trained)
-    model = client("llama", adapted, examples=rows, measure_peak=True, local_epochs=2)
+    model = client("llama", adapted, examples=rows, measured=set(), local_epochs=2)
     model.load(task)
     measured = model.fit(trained)["peak_bytes"]
     unmeasured = client("llama", adapted, examples=rows, local_epochs=2)
@@ -169,7 +169,7 @@ def test_tensors_that_overflow_in_the_last_step_are_a_training_error() -> None:
 def test_an_empty_client_is_a_training_error(work: str) -> None:
     adapted = tiny.shared("vit")
     task = tiny.task(adapted, tiny.mixed_ranks(adapted))
-    model = client("vit", adapted, examples=tiny.Rows(()), measure_peak=True)
+    model = client("vit", adapted, examples=tiny.Rows(()), measured=set())
     model.load(task)
     with pytest.raises(TrainingError, match="client 0 must have examples"):
         model.fit(task.plan.trainable) if work == "fit" else model.gradients(task.plan.trainable, num_examples=3)

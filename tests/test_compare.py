@@ -26,6 +26,8 @@ from fedpilot.record import RunDirectory
 from fedpilot.stopping import Goal
 from tests.test_cli import fedpilot, save_data, save_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TINY = Path(__file__).parent.parent / "recipes" / "tiny.toml"
 ACCURACY = Goal("accuracy")
 
@@ -83,22 +85,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def toy_recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(folder / "toy.toml", overrides)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Any:
-    """Traces each kind of step once for all tests of this file."""
-    profile_of, known = setup.profile_of, {}
-
-    def remembered(sketch: Any, training: Any, **options: Any) -> MemoryProfile:
-        key = (sketch.settings, training.batch_size, tuple(options.items()))
-        if key not in known:
-            known[key] = profile_of(sketch, training, **options)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "profile_of", remembered)
-        yield
 
 
 # --- the command, on real weights and data --------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_the_prediction_holds_where_renewing_projectors_is_the_peak() -> None:
     assert memory.peak_bytes(profile, plan) == memory.measure_peak(wide.program(plan, settings, kind=kind_of(2)))
     word = {"input_ids": torch.tensor([5]), "attention_mask": torch.tensor([1]), "labels": torch.tensor(1)}
     rows = tiny.Rows((word, word, word))
-    client = ClientModel(wide, rows, settings, learning_rate=0.01, seed=1, measure_peak=True)
+    client = ClientModel(wide, rows, settings, learning_rate=0.01, seed=1, measured=set())
     client.load(Task(plan, wide.spec.head))
     assert client.fit(plan.trainable, kind=kind_of(2))["peak_bytes"] == memory.peak_bytes(profile, plan)
 

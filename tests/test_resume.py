@@ -82,7 +82,7 @@ class Wandering:
     def aggregate(self, state: WanderingState, uploads: Iterable[Upload]) -> WanderingState:
         mean, of_client, ranks = tensors.HolderMean(), dict(state.of_client), state.ranks
         for upload in uploads:
-            mean.add(lora.pad(upload.tensors, 4), upload.num_examples)
+            mean.add(toy.pad(upload.tensors, 4), upload.num_examples)
             visits = of_client[upload.client_id].visits + 1 if upload.client_id in of_client else 1
             of_client[upload.client_id] = Memory(visits, upload.metrics["loss"])
             ranks = (*ranks, upload.tensors["blocks.0.linear.lora_A"].shape[0])

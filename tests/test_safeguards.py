@@ -85,7 +85,7 @@ def test_a_baseline_must_suit_the_safeguards_too() -> None:
 
 
 def test_a_client_gets_its_own_noise_and_only_in_local_runs() -> None:
-    people = SimpleNamespace(clients=[ClientProfile(k, 5, 10**9) for k in range(3)])
+    people = SimpleNamespace(clients=[ClientProfile(k, 5, 10**9) for k in range(3)], examples=[None] * 3)
 
     def release(kind: str, client_id: int, round: int) -> Any:
         made = recipe(f'privacy.kind="{kind}"', "privacy.noise_multiplier=4", "run.seed=6")

@@ -287,3 +287,16 @@ def random_adapter(spec: ModelSpec, rank: int, seed: int = 7) -> Tensors:
     fresh = lora.init(spec, dict.fromkeys(spec.modules, rank), rng)
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
+
+
+def pad(tensors: Tensors, rank: int) -> Tensors:
+    """Rows of zeros below A and columns of zeros beside B up to ``rank``; other tensors as they are."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A"):
+            result[name] = torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+        elif name.endswith(".lora_B"):
+            result[name] = torch.nn.functional.pad(tensor, (0, rank - tensor.shape[1]))
+        else:
+            result[name] = tensor
+    return result

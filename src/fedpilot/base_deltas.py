@@ -5,7 +5,7 @@ the server's bits. Old steps are folded into a dense snapshot as soon as they ar
 than twice the size of the weights that it changes, and neither is a download.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -96,6 +96,11 @@ def since(base: BaseDelta, version: int) -> BaseDelta:
     if not 0 <= version <= base.version:
         raise PlanError(f"a client's base must be of version 0 to {base.version}, got {version}; resume the right run")
     return replace(base, since=version)
+
+
+def lacking(base: BaseDelta, held: Mapping[int, int], client_id: int) -> BaseDelta:
+    """The log for a client, by what it is known to hold: client -> version, and nothing where it has none."""
+    return since(base, held.get(client_id, 0))
 
 
 def download(base: BaseDelta) -> tuple[Tensors, ...]:

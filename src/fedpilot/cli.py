@@ -53,24 +53,29 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
-def run(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML file.")] = None,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run directory; by default a free name in the recipe's out."),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Goes on with a run that was stopped."),
-    ] = None,
-) -> None:
-    """Trains, beside the recipe's baseline where it has one."""
+RunDirectoryOption = Annotated[
+    Path | None, typer.Option("--out", help="The run directory; by default a free name in the recipe's out.")
+]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Goes on with a run that was stopped.")]
+
+
+def check_start(recipe: Path | None, overrides: list[str] | None, out: Path | None, resume: Path | None) -> None:
+    """A run is either new or resumed."""
     if (recipe is None) == (resume is None):
         raise click.UsageError("give a recipe, or --resume with a run directory")
     if resume is not None and (overrides or out):
         raise click.UsageError("--resume goes on with the settings of the run; it takes neither --set nor --out")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML file.")] = None,
+    overrides: Overrides = None,
+    out: RunDirectoryOption = None,
+    resume: Resume = None,
+) -> None:
+    """Trains, beside the recipe's baseline where it has one."""
+    check_start(recipe, overrides, out, resume)
     with LogFile() as log:
         from fedpilot import commands
 
@@ -250,14 +255,8 @@ def certs(
 def serve(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML file.")] = None,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run directory; by default a free name in the recipe's out."),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Goes on with a run that was stopped."),
-    ] = None,
+    out: RunDirectoryOption = None,
+    resume: Resume = None,
     certificates: Annotated[Path, typer.Option("--certs", help="What fedpilot certs wrote.")] = Path("certs"),
     address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where nodes reach it.")] = "0.0.0.0:8000",
     nodes: Annotated[
@@ -269,10 +268,7 @@ def serve(
     poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks for work.")] = 0.5,
 ) -> None:
     """Runs a recipe with the nodes that join, over TLS; ends with the run, and with its exit code."""
-    if (recipe is None) == (resume is None):
-        raise click.UsageError("give a recipe, or --resume with a run directory")
-    if resume is not None and (overrides or out):
-        raise click.UsageError("--resume goes on with the settings of the run; it takes neither --set nor --out")
+    check_start(recipe, overrides, out, resume)
     with LogFile():
         from fedpilot.engines.flower import commands
 

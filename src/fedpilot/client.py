@@ -27,8 +27,9 @@ class ClientModel:
         learning_rate: Of this round.
         seed: Of the order of examples, of dropout and of a private step's noise; another one each round.
         subset_seed: Of the examples that gradients are measured on; the same in each round.
-        measure_peak: Whether `fit` reports the measured ``peak_bytes`` of its longest step, or of its first where
-            that makes projectors and needs more.
+        measured: What plans were like whose peak was measured; a plan that is unlike them is measured too, and added.
+            `fit` then reports ``peak_bytes`` of its longest step, or of its first where that makes projectors and needs
+            more. ``None`` to measure nothing.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ClientModel:
         learning_rate: float,
         seed: int,
         subset_seed: int = 0,
-        measure_peak: bool = False,
+        measured: set[object] | None = None,
     ) -> None:
         self._adapted = adapted
         self._examples = examples
@@ -49,7 +50,8 @@ class ClientModel:
         seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(3))
         self._order_seed, self._dropout_seed, self._noise_seed = seeds
         self._subset_seed = subset_seed
-        self._measure_peak = measure_peak
+        self._measured = measured
+        self._measure_peak = False
         self._plan: Plan | None = None
         self._factors: Tensors = {}
 
@@ -58,6 +60,9 @@ class ClientModel:
         self._adapted.load(task)
         self._plan = task.plan
         self._factors = {}
+        if self._measured is not None:
+            self._measure_peak = _shape(task.plan) not in self._measured
+            self._measured.add(_shape(task.plan))
 
     def fit(
         self,
@@ -279,6 +284,12 @@ class ClientModel:
                 f"trained tensors must be finite, got NaN or infinity after {metrics['steps']:.0f} steps of client "
                 f"{plan.client_id}; lower the learning rate or set max_grad_norm"
             )
+
+
+def _shape(plan: Plan) -> object:
+    """What a plan's memory depends on, and whose it is."""
+    ranks = tuple(sorted(plan.ranks.items()))
+    return plan.client_id, ranks, plan.trainable, plan.blocks, plan.checkpointed, plan.micro_batch
 
 
 def _size(drawn: Batch | Sequence[int], *, whole: bool = False) -> int:

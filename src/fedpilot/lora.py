@@ -96,19 +96,6 @@ def truncate(tensors: Tensors, ranks: Mapping[str, int]) -> Tensors:
     return result
 
 
-def pad(tensors: Tensors, rank: int) -> Tensors:
-    """Rows of zeros below A and columns of zeros beside B up to ``rank``; other tensors as they are."""
-    result: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A"):
-            result[name] = torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
-        elif name.endswith(".lora_B"):
-            result[name] = torch.nn.functional.pad(tensor, (0, rank - tensor.shape[1]))
-        else:
-            result[name] = tensor
-    return result
-
-
 def product_norm(a: torch.Tensor, b: torch.Tensor, *, dtype: torch.dtype = torch.float64) -> float:
     """Frobenius norm of ``B @ A`` from two (rank, rank) products: ``||BA||² = <BᵀB, AAᵀ>``.
 

@@ -168,6 +168,16 @@ def first_that_fits(
     return [entry(client) for client in cohort]
 
 
+def check_ranks(r_min: int, r_max: int) -> None:
+    """Refuses bounds of clients' ranks that hold none.
+
+    Raises:
+        PlanError: As said.
+    """
+    if not 1 <= r_min <= r_max:
+        raise PlanError(f"r_min must lie in 1..r_max, got {r_min} with r_max {r_max}; swap or raise them")
+
+
 def largest_rank(
     profile: MemoryProfile, spec: ModelSpec, client: ClientProfile, ranks: Sequence[int], factors: Factors = "AB"
 ) -> Plan | LeftOut:

@@ -170,6 +170,10 @@ class Upload:
     tensors: Tensors
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def weight(self, weights: str) -> float:
+        """How much the client counts in a mean: n_k with ``examples``, 1 with ``uniform``."""
+        return float(self.num_examples) if weights == "examples" else 1.0
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -286,6 +290,11 @@ class Site:
     model: Model
     kept: dict[str, Tensors] = field(default_factory=dict)
     release: Callable[[Task, Upload], Upload] | None = None
+
+    def upload(self, plan: Plan, metrics: Mapping[str, float]) -> Upload:
+        """What the plan trains, as the model holds it now."""
+        trained = {name: tensor for name, tensor in self.model.read().items() if name in plan.trainable}
+        return Upload(self.profile.client_id, self.profile.num_examples, trained, metrics)
 
 
 State = TypeVar("State")

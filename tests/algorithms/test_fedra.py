@@ -256,9 +256,7 @@ def test_a_clients_training_of_a_shallow_model_is_measured_within_its_plan() -> 
     budget = memory.peak_bytes(profile, shallow([0, 1], spec=model.spec))
     (plan,) = drawn(algorithm, [ClientProfile(0, 9, budget)], seed=1)
     state = FedRAState(tiny.random_tensors(model, dict.fromkeys(model.spec.modules, RANK)))
-    client = ClientModel(
-        model, tiny.examples("vit", 2 * BATCH), SETTINGS, learning_rate=0.05, seed=0, measure_peak=True
-    )
+    client = ClientModel(model, tiny.examples("vit", 2 * BATCH), SETTINGS, learning_rate=0.05, seed=0, measured=set())
     client.load(algorithm.distribute(state, plan))
     assert client.fit(plan.trainable)["peak_bytes"] == plan.peak_bytes
 

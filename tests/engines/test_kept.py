@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedpilot.engines.kept import DiskKept, KeptStore, MemoryKept
+from fedpilot.errors import RecordError
 
 
 def kept(number: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -33,6 +34,16 @@ def test_a_client_gets_what_it_kept_last_and_nobody_elses(on_disk: bool, tmp_pat
     assert torch.equal(store.get(7)["gate/0"]["bank.lora_A"], torch.full((2, 3), 3.0))
     store.put(7, 3, {})
     assert store.get(7) == {}
+
+
+@pytest.mark.parametrize("left", [0, 5, 100])
+def test_a_damaged_file_is_an_error_that_names_it(left: int, tmp_path: Path) -> None:
+    store = DiskKept(tmp_path / "kept")
+    store.put(7, 1, kept(1.0))
+    [file] = (tmp_path / "kept").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(RecordError, match=f"{file} must be whole, got"):
+        store.get(7)
 
 
 def test_what_a_caller_does_with_it_does_not_change_the_store() -> None:

@@ -338,7 +338,7 @@ def test_a_draw_larger_than_the_batch_keeps_the_predicted_peak() -> None:
     )
     draws, peaks = [], []
     for seed in range(3):
-        _, metrics, task = fit("vit", PRIVATE, seed=seed, settings=settings, measure_peak=True)
+        _, metrics, task = fit("vit", PRIVATE, seed=seed, settings=settings, measured=set())
         draws.append(metrics["examples"])
         peaks.append(metrics["peak_bytes"])
     order_seed = int(np.random.SeedSequence(0).generate_state(1)[0])

@@ -102,14 +102,13 @@ class FedHello:
                 pairs = lora.names(lora.blocks_modules(self.spec, [block]))
                 fim[f"fim/{block}"] = sum(float(squares[name].double().sum()) for name in pairs)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, {**metrics, **fim})
+        return site.upload(task.plan, {**metrics, **fim})
 
     def aggregate(self, state: FedHelloState, uploads: Iterable[Upload]) -> FedHelloState:
         """Mean over the clients that trained a block, A and B apart; scores likewise over those that measured it."""
         mean, measured = tensors.HolderMean(), dict[int, list[tuple[float, float]]]()
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             mean.add(upload.tensors, weight)
             for block in range(self.spec.num_blocks):
                 if f"fim/{block}" in upload.metrics:

@@ -143,15 +143,14 @@ class FedPilot:
                 names = lora.names(lora.blocks_modules(self.spec, [block]))
                 scores[f"score/{block}"] = tensors.norm(tensors.select(gradients, names))
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, {**metrics, **scores})
+        return site.upload(task.plan, {**metrics, **scores})
 
     def aggregate(self, state: FedPilotState, uploads: Iterable[Upload]) -> FedPilotState:
         """Mean over holders, then STAgg, ComAgg or nothing; new scores where they came."""
         mean, total = lora.SlotMean(state.adapter), 0.0
         measured: dict[int, tuple[int, Scores]] = {}
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             mean.add(upload.tensors, weight)
             total += weight
             if scores := _scores(upload):

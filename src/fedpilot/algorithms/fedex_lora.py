@@ -96,7 +96,7 @@ class FedExLoRA:
 
     def distribute(self, state: FedExLoRAState, plan: Plan) -> Task:
         """A_k <- A, B_k <- B, and the residuals that the client lacks."""
-        lacking = base_deltas.since(state.base, state.held.get(plan.client_id, 0))
+        lacking = base_deltas.lacking(state.base, state.held, plan.client_id)
         if self.assign == "reinit":
             pairs, drawn = lora.draw(self.spec, [state.seed, state.base.version], plan.ranks, self.rank)
             return Task(plan, {**pairs, **state.adapter}, lacking, drawn)
@@ -108,15 +108,14 @@ class FedExLoRA:
             task = replace(task, base_delta=self._without_own(task))
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FedExLoRAState, uploads: Iterable[Upload]) -> FedExLoRAState:
         """A = Σ p_k A_k, B = Σ p_k B_k, ΔW_res = Σ p_k B_k A_k - B A; with ``keep`` less what each started from."""
         sums = {module: _Products(*shape) for module, shape in self.spec.modules.items()}
         mean, held, own, total = tensors.HolderMean(), dict(state.held), dict(state.own), 0.0
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             exact = {name: tensor.double() for name, tensor in upload.tensors.items()}
             mean.add(exact, weight)
             for module in lora.modules_of(exact):

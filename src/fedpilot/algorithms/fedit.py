@@ -71,17 +71,13 @@ class FedIT:
         """Local epochs from the global adapter."""
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FedITState, uploads: Iterable[Upload]) -> FedITState:
         """Ā = Σ p_k A_k and B̄ = Σ p_k B_k."""
-        mean = tensors.weighted_mean((upload.tensors, self._weight(upload)) for upload in uploads)
+        mean = tensors.weighted_mean((upload.tensors, upload.weight(self.weights)) for upload in uploads)
         return FedITState(adapter={**state.adapter, **mean})
 
     def deploy(self, state: FedITState) -> Deployment:
         """The global adapter."""
         return Deployment(state.adapter)
-
-    def _weight(self, upload: Upload) -> float:
-        return float(upload.num_examples) if self.weights == "examples" else 1.0

@@ -70,12 +70,11 @@ class FedRA:
         """Local epochs of the shallow model: other blocks are not run at all."""
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FedRAState, uploads: Iterable[Upload]) -> FedRAState:
         """LoRA_l <- mean over {i : M_il = 1}, A and B apart; a block that nobody drew stays; the head over all."""
-        mean = tensors.weighted_mean((upload.tensors, self._weight(upload)) for upload in uploads)
+        mean = tensors.weighted_mean((upload.tensors, upload.weight(self.weights)) for upload in uploads)
         return FedRAState(adapter={**state.adapter, **mean})
 
     def deploy(self, state: FedRAState) -> Deployment:
@@ -85,6 +84,3 @@ class FedRA:
     @cached_property
     def _shallow(self) -> planning.ShallowModels:
         return planning.ShallowModels(self.spec, self.profile, self.rank)
-
-    def _weight(self, upload: Upload) -> float:
-        return float(upload.num_examples) if self.weights == "examples" else 1.0

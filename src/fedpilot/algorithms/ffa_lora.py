@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedpilot import lora, planning, privacy, tensors
+from fedpilot import lora, planning, privacy
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.privacy import Budget, Spent
@@ -138,14 +138,13 @@ class FFALoRA:
         if private is not None:
             metrics = {key: value for key, value in metrics.items() if key not in ("loss", "examples")}
             metrics["noise_multiplier"] = private.noise_multiplier
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FFALoRAState, uploads: Iterable[Upload]) -> FFALoRAState:
         """B̄ = Σ p_k B_k, column by column over the clients that hold it: B̄ A0 = Σ p_k B_k A0."""
         mean, spent = lora.SlotMean(state.adapter), dict(state.spent)
         for upload in uploads:
-            mean.add(upload.tensors, float(upload.num_examples) if self.weights == "examples" else 1.0)
+            mean.add(upload.tensors, upload.weight(self.weights))
             if self.budget.private is not None:
                 before = spent.get(upload.client_id)
                 spent[upload.client_id] = privacy.plus(before, privacy.released(upload.metrics))

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 
 from fedpilot import lora, planning, tensors
-from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
@@ -51,8 +50,7 @@ class FlexLoRA:
     weights: Literal["examples", "uniform"] = "examples"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.r_min <= self.r_max:
-            raise PlanError(f"r_min must lie in 1..r_max, got {self.r_min} with r_max {self.r_max}; swap or raise them")
+        planning.check_ranks(self.r_min, self.r_max)
 
     def init(self, rng: np.random.Generator) -> FlexLoRAState:
         """A fresh adapter at rank r_max; B = 0, so the model starts as the base."""
@@ -73,8 +71,7 @@ class FlexLoRA:
         """Local epochs from the pair as it came."""
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FlexLoRAState, uploads: Iterable[Upload]) -> FlexLoRAState:
         """U Σ Vᵀ = Σ p_k B_k A_k; A = Vᵀ and B = U Σ at rank r_max.
@@ -85,7 +82,7 @@ class FlexLoRA:
         products = lora.product_sums(self.spec)
         head, total = tensors.HolderMean(), 0.0
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             total += weight
             head.add(tensors.only(upload.tensors, frozenset(self.spec.head)), weight)
             for module, product in products.items():

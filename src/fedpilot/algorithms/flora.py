@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from fedpilot import base_deltas, lora, planning, tensors
-from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import BaseDelta, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
@@ -56,8 +55,7 @@ class FLoRA:
     weights: Literal["examples", "uniform"] = "examples"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.r_min <= self.r_max:
-            raise PlanError(f"r_min must lie in 1..r_max, got {self.r_min} with r_max {self.r_max}; swap or raise them")
+        planning.check_ranks(self.r_min, self.r_max)
 
     def init(self, rng: np.random.Generator) -> FLoRAState:
         """The model as it is."""
@@ -73,22 +71,21 @@ class FLoRA:
     def distribute(self, state: FLoRAState, plan: Plan) -> Task:
         """A fresh pair, A random and B = 0, that the client draws itself; and the stacks that it lacks."""
         pairs, drawn = lora.draw(self.spec, [state.seed, state.base.version], plan.ranks, self.r_max)
-        lacking = base_deltas.since(state.base, state.held.get(plan.client_id, 0))
+        lacking = base_deltas.lacking(state.base, state.held, plan.client_id)
         return Task(plan, {**pairs, **state.head}, lacking, drawn)
 
     def local_update(self, task: Task, site: Site) -> Upload:
         """W <- W + s B A for each stack; then local epochs from the fresh pair."""
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FLoRAState, uploads: Iterable[Upload]) -> FLoRAState:
         """A = [p_1 A_1; ...; p_K A_K], B = [B_1 | ... | B_K]: s B A is the exact mean of the clients' s B_k A_k."""
-        stacks = {module: lora.ProductSum(*shape) for module, shape in self.spec.modules.items()}
+        stacks = lora.product_sums(self.spec)
         head, held, total = tensors.HolderMean(), dict(state.held), 0.0
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             for module in lora.modules_of(upload.tensors):
                 stacks[module].add(upload.tensors[lora.b_name(module)], upload.tensors[lora.a_name(module)], weight)
             head.add(tensors.only(upload.tensors, frozenset(state.head)), weight)

@@ -123,7 +123,7 @@ class GaLore:
 
     def distribute(self, state: GaLoreState, plan: Plan) -> Task:
         """The head, and the averaged changes that the client lacks."""
-        return Task(plan, state.head, base_deltas.since(state.base, state.held.get(plan.client_id, 0)))
+        return Task(plan, state.head, base_deltas.lacking(state.base, state.held, plan.client_id))
 
     def local_update(self, task: Task, site: Site) -> Upload:
         """Local epochs from W^{t-1}; up goes ΔW_k = W_k - W^{t-1}, as factors where these say it exactly."""
@@ -140,11 +140,11 @@ class GaLore:
 
     def aggregate(self, state: GaLoreState, uploads: Iterable[Upload]) -> GaLoreState:
         """W^t = W^{t-1} + Σ p_k ΔW_k over the clients that trained W; factors are stacked until dense is smaller."""
-        stacks = {module: lora.ProductSum(*shape) for module, shape in self.spec.modules.items()}
+        stacks = lora.product_sums(self.spec)
         dense: dict[str, torch.Tensor] = {}
         totals, head, held = dict.fromkeys(stacks, 0.0), tensors.HolderMean(), dict(state.held)
         for upload in uploads:
-            p, changes = self._weight(upload), upload.tensors
+            p, changes = upload.weight(self.weights), upload.tensors
             for module, stack in stacks.items():
                 (a, b), weight = pair_names(module), base_deltas.weight_name(module)
                 if a in changes:
@@ -171,9 +171,6 @@ class GaLore:
     def _plan_from(self, lowest: int) -> Plan:
         modules = lora.blocks_modules(self.spec, range(lowest, self.spec.num_blocks))
         return Plan(-1, {}, frozenset(map(base_deltas.weight_name, modules)) | frozenset(self.spec.head))
-
-    def _weight(self, upload: Upload) -> float:
-        return float(upload.num_examples) if self.weights == "examples" else 1.0
 
 
 def pair_names(module: str) -> tuple[str, str]:

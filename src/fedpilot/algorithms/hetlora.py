@@ -52,8 +52,7 @@ class HetLoRA:
     norm: Literal["client", "module"] = "client"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.r_min <= self.r_max:
-            raise PlanError(f"r_min must lie in 1..r_max, got {self.r_min} with r_max {self.r_max}; swap or raise them")
+        planning.check_ranks(self.r_min, self.r_max)
         if not 0 < self.gamma <= 1:
             raise PlanError(f"gamma must lie in (0, 1], got {self.gamma}; 1 switches pruning off")
 
@@ -124,7 +123,7 @@ class HetLoRA:
         elif self.weights == "sparsity":
             yield sparsity(upload.tensors, modules), lora.names(modules)
         else:
-            yield float(upload.num_examples) if self.weights == "examples" else 1.0, lora.names(modules)
+            yield upload.weight(self.weights), lora.names(modules)
 
 
 def tail_norm(adapter: Tensors, q: int) -> torch.Tensor:

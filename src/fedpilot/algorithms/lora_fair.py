@@ -99,8 +99,7 @@ class LoRAFair:
         """Local epochs from the corrected adapter."""
         site.model.load(task)
         metrics = site.model.fit(task.plan.trainable)
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: LoRAFairState, uploads: Iterable[Upload]) -> LoRAFairState:
         """Ā = Σ p_k A_k, B̄ = Σ p_k B_k, and B̄ + ΔB for B̄.
@@ -111,7 +110,7 @@ class LoRAFair:
         mean, total = tensors.HolderMean(), 0.0
         residuals: dict[str, lora.ProductSum] = {}
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             total += weight
             mean.add(upload.tensors, weight)
             _add_products(residuals, tensors.subtract(upload.tensors, state.adapter), weight)

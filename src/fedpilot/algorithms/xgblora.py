@@ -110,7 +110,7 @@ class XGBLoRA:
     def distribute(self, state: XGBLoRAState, plan: Plan) -> Task:
         """The fresh booster, a random and b = 0, that the client draws itself; and the boosters that it lacks."""
         pairs, drawn = self._fresh(state, plan.ranks)
-        lacking = base_deltas.since(state.base, state.held.get(plan.client_id, 0))
+        lacking = base_deltas.lacking(state.base, state.held, plan.client_id)
         return Task(plan, {**pairs, **state.head}, lacking, drawn)
 
     def local_update(self, task: Task, site: Site) -> Upload:
@@ -124,25 +124,23 @@ class XGBLoRA:
         metrics = site.model.fit(
             task.plan.trainable, penalty=penalty if self.lam else None, max_steps=self.kappa, kind=self.step_kind
         )
-        trained = tensors.only(site.model.read(), task.plan.trainable)
-        return Upload(site.profile.client_id, site.profile.num_examples, trained, metrics)
+        return site.upload(task.plan, metrics)
 
     def aggregate(self, state: XGBLoRAState, uploads: Iterable[Upload]) -> XGBLoRAState:
         """W_l <- W_l + s Σ p_k b_k a_k for l in S_t, over the clients that trained l."""
-        products = {module: lora.ProductSum(*shape) for module, shape in self.spec.modules.items()}
+        products = lora.product_sums(self.spec)
         mean, held = tensors.HolderMean(), dict(state.held)
         for upload in uploads:
-            weight = float(upload.num_examples) if self.weights == "examples" else 1.0
+            weight = upload.weight(self.weights)
             mean.add(upload.tensors, weight)
             for module in lora.modules_of(upload.tensors):
                 products[module].add(upload.tensors[lora.b_name(module)], upload.tensors[lora.a_name(module)], weight)
             held[upload.client_id] = state.base.version
-        means, step = mean.result(), dict[str, torch.Tensor]()
-        shared, _ = self._fresh(state, dict.fromkeys(self.spec.modules, 1))
-        for module in self.spec.modules:
-            if lora.b_name(module) not in means:
-                continue
-            total = mean.weights[lora.b_name(module)]
+        means, weights, step = mean.result(), mean.weights, dict[str, torch.Tensor]()
+        trained = [module for module in self.spec.modules if lora.b_name(module) in means]
+        shared = self._fresh(state, dict.fromkeys(trained, 1))[0] if self.server == "freeze_a" else {}
+        for module in trained:
+            total = weights[lora.b_name(module)]
             if self.server == "freeze_a":
                 b, a = means[lora.b_name(module)], shared[lora.a_name(module)]
             elif self.server == "proj1":

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from fedpilot import checkpoint
+from fedpilot.errors import RecordError
 from fedpilot.types import Tensors
 
 CLIENTS_IN_A_FOLDER = 1000
@@ -99,12 +101,21 @@ class DiskKept:
         self._committed: list[int] = []
 
     def get(self, client_id: int) -> dict[str, Tensors]:
-        """As `KeptStore.get`."""
+        """As `KeptStore.get`.
+
+        Raises:
+            RecordError: The file is damaged.
+        """
         versions = self._versions(client_id)
         if not versions:
             return {}
+        path = self._path(client_id, versions[-1])
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RecordError(f"{path} must be whole, got {error}; restore it from a copy, or start over") from error
         kept: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(self._path(client_id, versions[-1])).items():
+        for name, tensor in found.items():
             owner, _, own = name.partition("\n")
             kept.setdefault(owner, {})[own] = tensor
         return {**kept}
