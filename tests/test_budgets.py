@@ -4,7 +4,9 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpilot import memory, planning, tensors
+from fedpilot.algorithms.fed_pilot import FedPilot
 from fedpilot.memory import MemoryProfile
 from fedpilot.record import RunDirectory
 from fedpilot.training import TrainingSettings
@@ -52,6 +55,39 @@ def test_the_counted_peak_of_the_real_step_keeps_the_budget(
 
 def _values(num_blocks: int, rng: np.random.Generator) -> dict[int, float]:
     return {block: float(value) for block, value in enumerate(rng.random(num_blocks))}
+
+
+def test_recomputing_in_the_time_of_plain_training_goes_as_deep_as_that_time_allows() -> None:
+    """Where memory is enough for recomputing everything: all blocks without a bound, at 1 none beyond plain time."""
+    sketch = tiny.build("bert", device="fake")
+    spec = sketch.spec
+    profile = memory.trace(lambda plan, micro: sketch.program(plan, TRAINING, micro), spec, batch=4)
+    everything = planning.train_all(spec, 0, 8)
+    recomputed = replace(everything, checkpointed=frozenset(range(spec.num_blocks)))
+    rich = ClientProfile(0, 4, 10**12, 3, None, 1e6)
+    poor = replace(rich, memory_bytes=memory.peak_bytes(profile, recomputed))
+    plain = planning.priced(profile, everything, rich)
+    assert plain.seconds is not None
+    assert plain.peak_bytes is not None
+    assert plain.peak_bytes > poor.memory_bytes
+
+    def planned(client: ClientProfile, **options: Any) -> tuple[int, float]:
+        algorithm = FedPilot(spec, profile, checkpointing=True, **options)
+        rng = np.random.default_rng(0)
+        (plan,) = algorithm.plan(algorithm.init(rng), [client], rng)
+        assert isinstance(plan, Plan)
+        assert plan.seconds is not None
+        assert planning.fits(plan, client)
+        return len(planning.trained_blocks(spec, plan)), plan.seconds
+
+    blocks, seconds = planned(poor)
+    assert (blocks, seconds > plain.seconds) == (12, True)
+    blocks, seconds = planned(poor, max_time=1.0)
+    assert 0 < blocks < 12
+    assert seconds <= plain.seconds * (1 + 1e-9)
+    assert planned(rich, max_time=1.0) == (12, pytest.approx(plain.seconds))
+    suffix, _ = planned(poor, solver="suffix", max_time=1.0)
+    assert blocks > suffix
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tests import toy
 
 from fedpilot import lora, tensors
 from fedpilot.algorithms.fed_pilot import FedPilot, FedPilotState
+from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import ClientProfile, Plan, Tensors, Upload
 
@@ -201,3 +202,8 @@ def test_values_decide_which_block_is_trained(profile: MemoryProfile) -> None:
     (plan,) = algorithm.plan(state, [tight], np.random.default_rng(0))
     assert isinstance(plan, Plan)
     assert len([name for name in plan.trainable if name.endswith("lora_A")]) == 1
+
+
+def test_less_time_than_plain_training_takes_is_refused(profile: MemoryProfile) -> None:
+    with pytest.raises(PlanError, match=r"max_time must be at least 1, got 0\.9"):
+        pilot(profile, max_time=0.9)

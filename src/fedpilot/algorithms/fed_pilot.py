@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedpilot import lora, planning, tensors
+from fedpilot import lora, memory, planning, tensors
+from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
 
@@ -60,6 +61,9 @@ class FedPilot:
         solver: How blocks are chosen: ``exact``; ``additive``, the paper's knapsack over stand-alone costs; or a
             baseline that ignores the values: ``suffix``, ``random``, ``all``, ``all-checkpointed``.
         checkpointing: Whether the exact solver may also recompute blocks.
+        max_time: Longest local update that the solver may choose, as a multiple, at least 1, of what training every
+            block plainly takes on the same client; ``None`` for no bound (ours). At 1 a client with little memory
+            recomputes only for as long as the ones with much memory train anyhow.
         lam: λ, weight of the local score; 1 is local only, 0 global only.
         ig_examples: Size of a client's IG set.
         refresh_every: E, rounds between two measurements of the scores.
@@ -80,6 +84,7 @@ class FedPilot:
     rank_exponent: float = 0.5
     solver: planning.Solver = "exact"
     checkpointing: bool = False
+    max_time: float | None = None
     lam: float = 0.5
     ig_examples: int = 64
     refresh_every: int = 10
@@ -91,6 +96,10 @@ class FedPilot:
     s_max: float = 2.0
     coverage_ema: float = 0.9
     weights: Literal["examples", "uniform"] = "examples"
+
+    def __post_init__(self) -> None:
+        if self.max_time is not None and not self.max_time >= 1:
+            raise PlanError(f"max_time must be at least 1, got {self.max_time}; leave it out for no bound")
 
     @property
     def averaging(self) -> Averaging | None:
@@ -121,13 +130,24 @@ class FedPilot:
             self.solver,
             self.checkpointing,
         )
-        plans = allocate(cohort, [self.combined_scores(state, client.client_id) for client in cohort], rng)
+        values = [self.combined_scores(state, client.client_id) for client in cohort]
+        plans = allocate([self._in_time(client) for client in cohort], values, rng)
         return [
             planning.priced(self.profile, replace(plan, scored=self._scored(state, client)), client)
             if isinstance(plan, Plan)
             else plan
             for plan, client in zip(plans, cohort, strict=True)
         ]
+
+    def _in_time(self, client: ClientProfile) -> ClientProfile:
+        """The client with the deadline that ``max_time`` means for it."""
+        if self.max_time is None:
+            return client
+        speed = client.flops_per_second or 1.0
+        plain = planning.train_all(self.spec, client.client_id, self.rank)
+        limit = self.max_time * memory.seconds(self.profile, plain, speed, client.num_steps) * (1 + 1e-9)  # rounding
+        deadline = limit if client.deadline_s is None else min(limit, client.deadline_s)
+        return replace(client, deadline_s=deadline, flops_per_second=speed)
 
     def distribute(self, state: FedPilotState, plan: Plan) -> Task:
         """The whole adapter; blocks that train at a lower rank get its first rows."""
