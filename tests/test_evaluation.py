@@ -86,3 +86,53 @@ def test_batches_that_are_dealt_out_sum_to_the_same_bits(family: str) -> None:
         ]
         assert sorted(len(part) for part in parts) == [2, 2, 2]
         assert combined(adapted.task_type, [batch for part in parts for batch in part]) == whole
+
+
+# --- two classes ----------------------------------------------------------------------------------------------------
+
+
+def yes_no(count: int, answers: tuple[int, int] = (7, 9)) -> tiny.Rows:
+    """Prompts of unlike lengths whose last token is the answer, and the only one to be learnt."""
+    rows = []
+    for index, row in enumerate(tiny.examples("llama", count).tensors):
+        words = torch.cat([row["input_ids"], torch.tensor([answers[index % 2 if index < 4 else 1]])])
+        labels = torch.full_like(words, -100)
+        labels[-1] = words[-1]
+        rows.append({"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels})
+    return tiny.Rows(tuple(rows))
+
+
+def test_a_language_model_that_chooses_among_answers_is_measured_as_a_classifier_of_them() -> None:
+    adapted, examples = tiny.shared("llama"), yes_no(9)
+    metrics = evaluate(adapted, deployment("llama"), examples, batch_size=4, answers=(7, 9))
+    pairs, labels = [], []
+    for batch in examples.batches(1):
+        pairs.append(tiny.logits(adapted, batch)[0, -2, [7, 9]])
+        labels.append([7, 9].index(int(batch["input_ids"][0, -1])))
+    odds, truth = torch.stack(pairs), torch.tensor(labels)
+    shares = odds.softmax(dim=1)[:, 1]
+    ahead = (shares[truth == 1][:, None] > shares[truth == 0][None]).double().mean()
+    assert set(metrics) == {"accuracy", "loss", "auc"}
+    assert metrics["accuracy"] == pytest.approx(float((odds.argmax(dim=1) == truth).double().mean()))
+    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(odds, truth)), rel=1e-4)
+    assert metrics["auc"] == pytest.approx(float(ahead))
+
+
+def test_batches_of_two_classes_that_are_dealt_out_give_the_same_area_under_the_curve() -> None:
+    adapted, chosen, examples = tiny.shared("llama"), deployment("llama"), yes_no(9)
+    groups = ["a", "b", "a", "b", "b", "b", "a", "b", "b"]
+    whole = evaluate(adapted, chosen, examples, groups=groups, batch_size=2, answers=(7, 9))
+    parts = [
+        measure(adapted, chosen, examples, groups=groups, batch_size=2, answers=(7, 9), part=part, parts=3)
+        for part in (2, 0, 1)
+    ]
+    again = combined("causal-lm", [batch for part in parts for batch in part])
+    assert again.keys() == whole.keys()
+    assert all(again[name] == whole[name] or math.isnan(whole[name]) for name in whole)
+    assert 0 <= whole["auc/a"] <= 1
+    assert math.isnan(whole["auc/b"])  # one class only
+
+
+def test_an_example_whose_target_is_no_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="must be one of the answers"):
+        evaluate(tiny.shared("llama"), deployment("llama"), yes_no(3), answers=(7, 11))

@@ -26,6 +26,8 @@ CASES: Mapping[str, tuple[str, list[int] | None]] = {
     "llama-mixed": ("llama", None),
     "llama-some": ("llama", [2]),
     "gpt2-mixed": ("gpt2", None),
+    "clip-mixed": ("clip", None),
+    "llama-classifier-some": ("llama-classifier", [0, 2]),
     "bert-merged": ("bert", []),
     "llama-merged": ("llama", [2]),
     "gpt2-merged": ("gpt2", [0, 1, 2]),
@@ -196,6 +198,14 @@ def test_the_model_card_names_base_ranks_and_run(tmp_path: Path) -> None:
     assert 'AutoModelForCausalLM.from_pretrained("some/base")' in body
 
 
+def test_the_model_card_of_a_decoder_that_classifies_names_its_padding(tmp_path: Path) -> None:
+    adapted = tiny.shared("llama-classifier")
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)))
+    card = (export_peft(adapted, deployment, tmp_path / "out") / "README.md").read_text()
+    folder = tiny.folder("llama-classifier")
+    assert f'AutoModelForSequenceClassification.from_pretrained("{folder}", num_labels=3, pad_token_id=0)' in card
+
+
 def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path: Path) -> None:
     adapted = tiny.build("bert", device="meta")
     module = "bert.encoder.layer.10.intermediate.dense"
@@ -239,6 +249,14 @@ def test_a_cut_export_is_the_nearest_of_its_rank_and_says_what_it_leaves_out(tmp
     card = (folder / "README.md").read_text()
     assert f"Cut to rank 2: {left_out:.3g} of the changes' Frobenius norm is left out." in card
     assert "left out" not in (export_peft(adapted, deployment, tmp_path / "whole") / "README.md").read_text()
+
+
+def test_a_deployment_of_some_blocks_alone_is_not_exported(tmp_path: Path) -> None:
+    adapted = tiny.shared("bert")
+    shallow = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, (0, 2))), blocks=(0, 2))
+    with pytest.raises(ModelError, match=r"must be of the whole model, got one of blocks \(0, 2\) alone"):
+        export_peft(adapted, shallow, tmp_path / "shallow")
+    assert not (tmp_path / "shallow").exists()
 
 
 def test_what_an_adapter_cannot_hold_is_not_exported(tmp_path: Path) -> None:

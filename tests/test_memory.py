@@ -126,6 +126,8 @@ CASES: Mapping[str, Case] = {
     "bert": Case("sdpa", "bf16"),
     "vit": Case("eager", "float32", ("AB", "B/AB"), (4, 2)),
     "llama": Case("sdpa", "float32", ("AB",), (4, 2)),
+    "clip": Case("sdpa", "float32", ("AB",), (4, 2)),
+    "llama-classifier": Case("eager", "bf16"),
 }
 
 

@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,8 @@ FIRST_MODULE = {
     "dinov2": ("dinov2.encoder.layer.0.attention.q_proj", (24, 24)),
     "llama": ("model.layers.0.self_attn.q_proj", (24, 24)),
     "gpt2": ("transformer.h.0.attn.c_attn", (72, 24)),
+    "clip": ("vision_model.encoder.layers.0.self_attn.v_proj", (24, 24)),
+    "llama-classifier": ("model.layers.0.self_attn.q_proj", (24, 24)),
 }
 
 
@@ -81,8 +85,8 @@ def test_the_usual_modules_of_bert_are_query_and_value() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_is_what_lies_above_the_backbone(family: str) -> None:
-    expected = ["classifier.weight", "classifier.bias"] if tiny.labels(family) else []
-    assert list(tiny.shared(family).spec.head) == expected
+    dense = ["score.weight"] if family == "llama-classifier" else ["classifier.weight", "classifier.bias"]
+    assert list(tiny.shared(family).spec.head) == (dense if tiny.labels(family) else [])
 
 
 @pytest.mark.parametrize("device", ["cpu", "fake"])
@@ -517,6 +521,32 @@ def test_the_loss_is_the_one_that_transformers_computes(family: str) -> None:
         torch.testing.assert_close(model.loss(inputs), expected)
 
 
+@pytest.mark.parametrize(("ends", "padding"), [(2, 2), ([7, 2], 7), (None, 0)])
+def test_a_decoder_classifies_at_its_last_word_whatever_fills_up_behind_it(
+    ends: int | list[int] | None, padding: int, tmp_path: Path
+) -> None:
+    config = json.loads((tiny.folder("llama-classifier") / "config.json").read_text())
+    config |= {"pad_token_id": None, "eos_token_id": ends}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny.folder("llama-classifier") / "model.safetensors", tmp_path)
+    model = tiny.build("llama-classifier", source=str(tmp_path))
+    assert model.base.config.pad_token_id == padding
+    rows = tiny.examples("llama-classifier", 4)
+    alone = [tiny.logits(model, next(rows.subset([index]).batches(1))) for index in range(4)]
+    together = next(rows.batches(4))
+    together["input_ids"] = together["input_ids"].masked_fill(together["attention_mask"] == 0, 59)
+    torch.testing.assert_close(tiny.logits(model, together), torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_an_image_encoder_of_a_model_of_images_and_texts_has_its_own_sizes_and_dropouts(tmp_path: Path) -> None:
+    config = tiny.config_of("clip")
+    config.text_config.num_hidden_layers, config.vision_config.attention_dropout = 5, 0.25
+    config.save_pretrained(tmp_path)
+    model = tiny.build("clip", source=str(tmp_path), device="meta")
+    assert (model.spec.num_blocks, model.spec.width, model.has_frozen_dropout) == (3, 24, True)
+    assert not tiny.build("clip", source=str(tmp_path), device="meta", dropout=0.0).has_frozen_dropout
+
+
 def test_a_batch_without_a_single_target_has_no_loss() -> None:
     model = tiny.shared("llama")
     inputs = {**tiny.batch("llama"), "labels": torch.full((5, tiny.LENGTH), -100)}
@@ -525,7 +555,7 @@ def test_a_batch_without_a_single_target_has_no_loss() -> None:
 
 
 def test_images_of_another_size_are_taken_where_the_model_can() -> None:
-    for family in ("vit", "dinov2"):
+    for family in ("vit", "dinov2", "clip"):
         model = tiny.build(family, image_size=8)
         plan = Plan(0, {}, frozenset(model.spec.head))
         program = model.program(plan, SETTINGS)

@@ -467,8 +467,8 @@ def test_curves_have_each_round_once_after_a_resume(tmp_path: Path) -> None:
     events = EventAccumulator(str(directory.path / "tensorboard"))
     events.Reload()
     curve = events.Scalars("evaluation/accuracy")
-    assert [event.step for event in curve] == [1, 2, 3, 4]
-    assert [round(event.value, 4) for event in curve] == list(ACCURACY[1:5])
+    assert [event.step for event in curve] == [0, 1, 2, 3, 4]
+    assert [round(event.value, 4) for event in curve] == list(ACCURACY[:5])
     assert [round(event.value, 4) for event in events.Scalars("training/loss")] == [1.0, 0.5, 0.3333, 0.25]
 
 

@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from fedpilot.types import (
     Tensors,
     Upload,
 )
+from tests import toy
 
 A, B, HEAD = "block.0.linear.lora_A", "block.0.linear.lora_B", "head.bias"
 SPEC = ModelSpec(
@@ -125,6 +127,53 @@ def test_rounds_follow_each_other_and_a_later_start_goes_on_from_a_state() -> No
     assert [record.metrics["head"] for _, record in whole] == [1.75, 3.5, 5.25]
     assert [record.round for _, record in rest] == [3]
     assert torch.equal(rest[0][0][A], whole[2][0][A])
+
+
+@dataclass(frozen=True)
+class Refining(Adding):
+    """The server adds 100 before the first round, and after each aggregation the number that its site has."""
+
+    def prepare(self, state: Tensors, server: Site) -> Tensors:
+        assert server.profile.num_examples == 0  # of round 0
+        return {name: tensor + 100 for name, tensor in state.items()}
+
+    def refine(self, state: Tensors, server: Site) -> Tensors:
+        return {name: tensor + server.profile.num_examples for name, tensor in state.items()}
+
+    def deploy_more(self, state: Tensors) -> Mapping[str, Deployment]:
+        return {"half": Deployment({name: tensor / 2 for name, tensor in state.items()})}
+
+
+def server_site(round: int) -> Site:
+    return Site(ClientProfile(-1, 1000 * round, 0), toy.ToyModel(1, 0))
+
+
+def test_the_server_prepares_once_and_refines_after_each_aggregation_with_the_rounds_own_site() -> None:
+    def run(**options: Any) -> list[tuple[Tensors, RoundRecord]]:
+        return list(run_rounds(Refining(), Answers(), CLIENTS, mean_head, seed=0, server=server_site, **options))
+
+    whole = run(num_rounds=2)
+    assert [record.metrics["head"] for _, record in whole] == [100 + 1.75 + 1000, 100 + 2 * 1.75 + 3000]
+    assert all("refine" in record.seconds for _, record in whole)
+    (again,) = run(num_rounds=2, first_round=2, state=whole[0][0])
+    assert torch.equal(again[0][A], whole[1][0][A])  # a state that is given is not prepared again
+
+
+def test_a_round_in_which_nobody_delivers_is_not_refined() -> None:
+    nobody = Answers({1: lambda t: Failure(1, "no"), 2: lambda t: Failure(2, "no")})
+    ((state, record),) = run_rounds(Refining(), nobody, CLIENTS, mean_head, num_rounds=1, seed=0, server=server_site)
+    assert torch.equal(state[HEAD], torch.full((4,), 100.0))
+    assert "refine" not in record.seconds
+
+
+def test_a_further_deployment_is_measured_under_its_prefix() -> None:
+    ((_, record),) = run_rounds(Refining(), Answers(), CLIENTS, mean_head, num_rounds=1, seed=0, server=server_site)
+    assert record.metrics == {"head": 1101.75, "half_head": 1101.75 / 2}
+
+
+def test_a_method_that_trains_on_the_server_is_refused_where_there_is_no_site_for_it() -> None:
+    with pytest.raises(PlanError, match="Refining trains on the server and must have a site there, got none"):
+        next(run_rounds(Refining(), Answers(), CLIENTS, mean_head, num_rounds=1, seed=0))
 
 
 def test_the_record_says_who_trained_what_and_how_many_bytes_went() -> None:

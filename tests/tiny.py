@@ -1,4 +1,4 @@
-"""Tiny models of four families with random weights, saved once a session, and examples for them.
+"""Tiny models of several families with random weights, saved once a session, and examples for them.
 
 BERT has twelve blocks, so that block 1 can be mistaken for 10 and 11; GPT-2 keeps its weights transposed.
 """
@@ -15,8 +15,10 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    CLIPConfig,
     Dinov2Config,
     GPT2Config,
     LlamaConfig,
@@ -39,6 +41,8 @@ SETTINGS: Mapping[str, ModelSettings] = {
     "dinov2": ModelSettings("", "image-classification", rank=4, alpha=6.0),
     "llama": ModelSettings("", "causal-lm", rank=4, alpha=6.0, max_length=LENGTH),
     "gpt2": ModelSettings("", "causal-lm", rank=4, alpha=6.0, max_length=LENGTH),
+    "clip": ModelSettings("", "image-classification", rank=4, alpha=6.0),
+    "llama-classifier": ModelSettings("", rank=4, alpha=6.0, max_length=LENGTH),
 }
 FAMILIES = tuple(SETTINGS)
 
@@ -55,7 +59,13 @@ def config_of(family: str) -> Any:
             return ViTConfig(**common, **image, intermediate_size=40)
         case "dinov2":
             return Dinov2Config(**common, **image, mlp_ratio=2, layerscale_value=0.5)
-        case "llama":
+        case "clip":  # as many blocks on its side of texts, and other sizes
+            images = {**common, **image, "intermediate_size": 40, "projection_dim": 16}
+            texts = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 20}
+            return CLIPConfig(
+                vision_config=images, text_config={**texts, "vocab_size": WORDS, **special}, num_labels=NUM_LABELS
+            )
+        case "llama" | "llama-classifier":
             return LlamaConfig(**common, **text, **special, num_hidden_layers=3, num_key_value_heads=2)
         case _:
             size = {"n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 32, "vocab_size": WORDS}
@@ -73,6 +83,9 @@ def folder(family: str) -> Path:
             model: Any = BertModel(config)
         elif SETTINGS[family].task == "causal-lm":
             model = AutoModelForCausalLM.from_config(config)
+        elif family == "llama-classifier":
+            config.num_labels = NUM_LABELS
+            model = AutoModelForSequenceClassification.from_config(config)
         else:
             model = AutoModelForImageClassification.from_config(config)
         model.save_pretrained(path)
@@ -146,7 +159,7 @@ def collate(rows: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
     fill = {"labels": -100}
 
     def stretched(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim != 1:
+        if tensor.ndim != 1 or name == "user_vector":
             return tensor
         return torch.nn.functional.pad(tensor, (0, longest - tensor.shape[0]), value=fill.get(name, 0))
 

@@ -4,7 +4,7 @@ No matrix is square, blocks differ in shape, and there are eleven blocks where a
 catches its neighbour shows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +12,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedpilot import base_deltas, galore, lora
+from fedpilot import base_deltas, condensation, galore, lora
 from fedpilot.errors import TrainingError
 from fedpilot.galore import GaLoreAdamW
 from fedpilot.memory import StepProgram
+from fedpilot.model.attached import Attached, attach
+from fedpilot.training import TrainingSettings, make_step
 from fedpilot.types import (
     BaseDelta,
     ClientProfile,
+    Condensation,
+    Condensed,
     ExampleDP,
+    Matching,
     ModelSpec,
     Penalty,
     Plan,
@@ -75,10 +80,28 @@ class Net(nn.Module):
             self.head.weight.copy_(torch.randn(NUM_LABELS, WIDTH, generator=generator) / 2)
             self.head.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head gets."""
         for block in self.blocks.children():
             x = block(x)
-        return self.head(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+def attached_loss(net: Net, attached: Attached | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, and what an attachment adds to it; every example has ones in the attachment's columns."""
+    if attached is None:
+        return nn.functional.cross_entropy(net(x), y)
+
+    def query(pooling: str) -> torch.Tensor:
+        with torch.no_grad():
+            return net.features(x)
+
+    side = {name: torch.ones(len(x), *shape) for name, shape in attached.columns.items()}
+    attached.begin({"x": x}, side, query)
+    return attached.loss(nn.functional.cross_entropy(net(x), y))
 
 
 def spec(hidden: Sequence[int] = HIDDEN) -> ModelSpec:
@@ -86,7 +109,7 @@ def spec(hidden: Sequence[int] = HIDDEN) -> ModelSpec:
     modules = {f"blocks.{j}.linear": (h, WIDTH) for j, h in enumerate(hidden)}
     head = {name: p.detach().clone() for name, p in Net(hidden).named_parameters() if name.startswith("head.")}
     block_of = {name: int(name.split(".")[1]) for name in modules}
-    return ModelSpec(modules=modules, block_of=block_of, num_blocks=len(modules), scale=SCALE, head=head)
+    return ModelSpec(modules, block_of, num_blocks=len(modules), scale=SCALE, head=head, width=WIDTH)
 
 
 def program(plan: Plan, micro_batch: int, batch: int = BATCH, kind: StepKind | None = None) -> StepProgram:
@@ -119,21 +142,31 @@ def program(plan: Plan, micro_batch: int, batch: int = BATCH, kind: StepKind | N
             if (name := f"blocks.{j}.linear.weight") in plan.trainable
         }
         held |= {name: p for name, p in net.named_parameters() if name.startswith("head.")}
+        attached = None
+        if plan.attachment is not None:
+            attached = attach(plan.attachment, spec(), net, x.device)
+            replaced = plan.attachment.replaces(spec())
+            held = {**attached.parameters, **{name: p for name, p in held.items() if name not in replaced}}
         for name, parameter in held.items():
             parameter.requires_grad_(name in plan.trainable)
         trained = {name: parameter for name, parameter in held.items() if parameter.requires_grad}
         if kind is not None and kind.projection is not None:
             optimiser = projected_optimiser(trained, 0.1, replace(kind.projection, gap=1))
         else:
-            optimiser = torch.optim.SGD(trained.values(), lr=0.1, foreach=False)
+            optimiser = torch.optim.SGD(trained.values() or [x], lr=0.1, foreach=False)
+
+    if kind is not None and kind.condensation is not None:
+        pieces, lens = {"x": x[:micro_batch], "labels": y[:micro_batch]}, ToyLens(net, kind.condensation.depth)
+        rehearsal = condensation.rehearsal(lens, pieces, kind.condensation, micro_batch)
+        return StepProgram([*net.parameters(), x, y], list(net.blocks), held, rehearsal, context=lambda: mode)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         for i in range(0, batch, micro_batch):
-            nn.functional.cross_entropy(net(x[i : i + micro_batch]), y[i : i + micro_batch]).backward()
+            attached_loss(net, attached, x[i : i + micro_batch], y[i : i + micro_batch]).backward()
         optimiser.step()
 
-    return StepProgram([*net.parameters(), x, y], list(net.blocks), held, step, context=lambda: mode)
+    return StepProgram([*net.parameters(), *held.values(), x, y], list(net.blocks), held, step, context=lambda: mode)
 
 
 def projected_optimiser(
@@ -143,6 +176,27 @@ def projected_optimiser(
     head = {name: p for name, p in parameters.items() if name.startswith("head.")}
     whole = [p for name, p in parameters.items() if name not in head]
     return GaLoreAdamW(whole, list(head.values()), projection, learning_rate=lr)
+
+
+class ToyLens:
+    """`condensation.Lens` over a `Net`: items are the states that enter block ``depth``."""
+
+    num_classes = NUM_LABELS
+
+    def __init__(self, net: Net, depth: int) -> None:
+        self.blocks, self.head, self.depth = list(net.blocks.children()), net.head, depth
+
+    def real(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            x = batch["x"]
+            for block in self.blocks[: self.depth]:
+                x = block(x)
+            return x, *self.synthetic(x)
+
+    def synthetic(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for block in self.blocks[self.depth :]:
+            items = block(items)
+        return items, self.head(items)
 
 
 class ToyModel:
@@ -160,12 +214,17 @@ class ToyModel:
         self.steps, self.lr = steps, lr
         self.starts: dict[str, torch.Tensor] = {}
         self.factors: dict[str, torch.Tensor] = {}
+        self.attached: Attached | None = None
+        self.replaced: frozenset[str] = frozenset()
 
     def load(self, task: Task) -> None:
         self.run_blocks(range(len(self.blocks)))
+        self.attach(task)
         for name, start in self.starts.items():
             self.net.get_parameter(name).requires_grad_(False).copy_(start)
         for name, tensor in task.tensors.items():
+            if self.attached is not None and name in self.attached.parameters:
+                continue
             owner = self.net.get_submodule(name.rpartition(".")[0])
             parameter = nn.Parameter(tensor.clone(), requires_grad=name in task.plan.trainable)
             setattr(owner, name.rpartition(".")[2], parameter)
@@ -180,6 +239,19 @@ class ToyModel:
         }
         self.factors = {}
 
+    def attach(self, task: Task) -> None:
+        """Hooks on what the plan names, in place of what was there."""
+        if self.attached is not None:
+            self.attached.remove()
+        self.attached, attachment = None, task.plan.attachment
+        self.replaced = frozenset() if attachment is None else attachment.replaces(spec(self.hidden))
+        if attachment is None:
+            return
+        self.attached = attach(attachment, spec(self.hidden), self.net, torch.device("cpu"))
+        with torch.no_grad():
+            for name, parameter in self.attached.parameters.items():
+                parameter.copy_(task.tensors[name]).requires_grad_(name in task.plan.trainable)
+
     def run_blocks(self, blocks: Sequence[int]) -> None:
         """Makes the net one of these blocks alone, under the names that they have in the whole."""
         self.net.blocks = nn.ModuleDict({str(j): self.blocks[j] for j in blocks})
@@ -191,11 +263,14 @@ class ToyModel:
             self.net.get_parameter(name).data = pristine.get_parameter(name).data + change
 
     def live(self) -> dict[str, nn.Parameter]:
-        return {
+        own = {
             name: p
             for name, p in self.net.named_parameters()
-            if "lora_" in name or name.startswith("head.") or name in self.starts
+            if "lora_" in name or (name.startswith("head.") and name not in self.replaced) or name in self.starts
         }
+        if self.attached is None:
+            return own
+        return {**self.attached.parameters, **{name: p for name, p in own.items() if "lora_" not in name}}
 
     def fit(
         self,
@@ -213,7 +288,7 @@ class ToyModel:
         projection = None if kind is None else kind.projection
         optimiser = None if projection is None else projected_optimiser(trained, self.lr / 10, projection)
         for _ in range(steps):
-            loss = nn.functional.cross_entropy(self.net(self.x), self.y)
+            loss = attached_loss(self.net, self.attached, self.x, self.y)
             total += float(loss.detach())
             if not torch.isfinite(loss):
                 raise TrainingError("loss must be finite, got nan; lower the learning rate")
@@ -252,6 +327,47 @@ class ToyModel:
                     parameter -= self.lr * total[name] / (rate * len(self.x))
         return {"loss": 1.0, "steps": float(steps), "sample_rate": rate}
 
+    @property
+    def seed(self) -> int:
+        return len(self.x)
+
+    def batches(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        for x, y in zip(self.x.split(BATCH), self.y.split(BATCH), strict=True):
+            yield {"x": x, "labels": y}
+
+    def class_means(self, how: Condensation) -> Tensors:
+        sums = condensation.class_sums(ToyLens(self.net, how.depth), self.batches, how.tau)
+        present = (sums.counts >= how.min_examples).float()
+        return {"logits": present * sums.logits / sums.counts.clamp(min=1), "present": present[:, 0]}
+
+    def condense(self, how: Condensation, peers: torch.Tensor) -> Condensed:
+        for parameter in self.live().values():
+            parameter.requires_grad_(False)
+        lens, labels = ToyLens(self.net, how.depth), self.y.tolist()
+        return condensation.condense(lens, self.batches, labels, peers, how, piece=BATCH, seed=self.seed)
+
+    def fit_items(
+        self,
+        trainable: frozenset[str],
+        items: torch.Tensor,
+        labels: torch.Tensor,
+        soft_labels: torch.Tensor,
+        how: Condensation,
+        matching: Matching,
+    ) -> Mapping[str, float]:
+        settings = TrainingSettings(learning_rate=self.lr / 10, optimiser="sgd")
+        live = {name: p for name, p in self.live().items() if name in trainable}
+        return condensation.fit_items(
+            ToyLens(self.net, how.depth),
+            lambda loss: make_step(loss, live, settings, settings.learning_rate),
+            BATCH,
+            items,
+            labels,
+            soft_labels,
+            matching,
+            generator=torch.Generator().manual_seed(0),
+        )
+
     def gradients(self, names: frozenset[str], *, num_examples: int, squared: bool = False) -> Tensors:
         if squared:
             return self._mean_squares(names, num_examples)
@@ -274,6 +390,42 @@ class ToyModel:
     def read(self) -> Tensors:
         live = {name: p.detach().clone() for name, p in self.live().items()}
         return {**live, **{name: live[name] - start for name, start in self.starts.items()}, **self.factors}
+
+
+class ToyServer(ToyModel):
+    """A server's model: aligns an emulator by plain gradient descent on the squared distance after it."""
+
+    def align(
+        self, trainable: frozenset[str], *, emulated: int, num_steps: int, lam: float, layerwise: bool = False
+    ) -> Mapping[str, float]:
+        live = {name: p for name, p in self.live().items() if name in trainable}
+        distances = []
+        for _ in range(num_steps):
+            student = self._run([j for j in map(int, self.net.blocks) if j < emulated])
+            teacher = self._run(range(emulated), bare=True)
+            loss = (student - teacher.detach()).square().sum() / teacher.detach().square().sum()
+            for parameter in live.values():
+                parameter.requires_grad_(True)
+            gradients = torch.autograd.grad(loss, list(live.values()))
+            with torch.no_grad():
+                for parameter, gradient in zip(live.values(), gradients, strict=True):
+                    parameter -= self.lr * gradient
+            distances.append(float(loss.detach()))
+        return {"distance_before": distances[0], "distance": distances[-1], "loss": 0.0, "steps": float(num_steps)}
+
+    def _run(self, blocks: Sequence[int], bare: bool = False) -> torch.Tensor:
+        x = self.x
+        for j in blocks:
+            if bare:
+                x = x + torch.tanh(x @ self.blocks[j].linear.weight.T) @ self.blocks[j].back.T
+            else:
+                x = self.blocks[j](x)
+        return x
+
+
+def server(round: int) -> Site:
+    """The server's site, with data of its own in each round."""
+    return Site(ClientProfile(-1, 9, 2**62), ToyServer(9, 1000 + round))
 
 
 def site(profile: ClientProfile) -> Site:

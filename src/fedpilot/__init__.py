@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ALGORITHMS,
         FedExLoRA,
         FedHello,
+        FedIns,
         FedIT,
         FedPilot,
         FedRA,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fedpilot.jobs import Job, resume, run, start
     from fedpilot.memory import MemoryProfile, peak_bytes
     from fedpilot.model import AdaptedModel, ModelSettings, build_model
+    from fedpilot.prediction import Prediction, Predictor, predict
     from fedpilot.record import RunDirectory
     from fedpilot.rounds import run_rounds
     from fedpilot.runs import train
@@ -60,6 +62,7 @@ _HOMES = {
         "FedExLoRA",
         "FedHello",
         "FedIT",
+        "FedIns",
         "FedPilot",
         "FedRA",
         "FlexLoRA",
@@ -80,6 +83,7 @@ _HOMES = {
     "jobs": ("Job", "resume", "run", "start"),
     "memory": ("MemoryProfile", "peak_bytes"),
     "model": ("AdaptedModel", "ModelSettings", "build_model"),
+    "prediction": ("Prediction", "Predictor", "predict"),
     "record": ("RunDirectory",),
     "rounds": ("run_rounds",),
     "runs": ("train",),
@@ -117,6 +121,7 @@ __all__ = [
     "FedExLoRA",
     "FedHello",
     "FedIT",
+    "FedIns",
     "FedPilot",
     "FedRA",
     "FedpilotError",
@@ -132,6 +137,8 @@ __all__ = [
     "ModelSpec",
     "PartitionSettings",
     "Plan",
+    "Prediction",
+    "Predictor",
     "Recipe",
     "RunDirectory",
     "Site",
@@ -146,6 +153,7 @@ __all__ = [
     "export_peft",
     "load_recipe",
     "peak_bytes",
+    "predict",
     "resume",
     "run",
     "run_rounds",

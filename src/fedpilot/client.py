@@ -4,17 +4,18 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fedpilot import galore, privacy, training
+from fedpilot import alignment, condensation, galore, privacy, training
 from fedpilot.errors import ModelError, TrainingError
 from fedpilot.memory import LiveStorages
-from fedpilot.model import AdaptedModel
+from fedpilot.model import AdaptedModel, ModelLens
 from fedpilot.tensors import is_finite
 from fedpilot.training import Batch, Examples, Step, TrainingSettings
-from fedpilot.types import Penalty, Plan, StepKind, Task, Tensors
+from fedpilot.types import Condensation, Condensed, Matching, Penalty, Plan, StepKind, Task, Tensors
 
 
 class ClientModel:
@@ -30,6 +31,7 @@ class ClientModel:
         measured: What plans were like whose peak was measured; a plan that is unlike them is measured too, and added.
             `fit` then reports ``peak_bytes`` of its longest step, or of its first where that makes projectors and needs
             more. ``None`` to measure nothing.
+        noise_key: Secret that a private step's noise and draws follow from instead of the seed.
     """
 
     def __init__(
@@ -42,13 +44,15 @@ class ClientModel:
         seed: int,
         subset_seed: int = 0,
         measured: set[object] | None = None,
+        noise_key: bytes | None = None,
     ) -> None:
         self._adapted = adapted
         self._examples = examples
         self._settings = settings
         self._learning_rate = learning_rate
-        seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(3))
-        self._order_seed, self._dropout_seed, self._noise_seed = seeds
+        seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(4))
+        self._order_seed, self._dropout_seed, self._noise_seed, self._draw_seed = seeds
+        self._noise_key = noise_key
         self._subset_seed = subset_seed
         self._measured = measured
         self._measure_peak = False
@@ -97,7 +101,7 @@ class ClientModel:
             penalty=penalty,
             kind=kind,
             head=adapted.spec.head,
-            noisy=adapted.noisy_sum(parameters, kind, self._expected_examples, self._noise_seed),
+            noisy=adapted.noisy_sum(parameters, kind, self._expected_examples, self._step_noise),
         )
         private = kind is not None and kind.private is not None
         measured = self._measured_steps(max_steps, kind) if self._measure_peak else frozenset[int]()
@@ -172,6 +176,108 @@ class ClientModel:
                     parameter.grad = None
         return {name: (total / len(subset)).to("cpu") for name, total in sums.items()}
 
+    def align(
+        self, trainable: frozenset[str], *, emulated: int, num_steps: int, lam: float, layerwise: bool = False
+    ) -> Mapping[str, float]:
+        """As `types.AlignsEmulator.align`; the distance is measured on a tenth of the examples, the same each time."""
+        plan, adapted = self._loaded(), self._adapted
+        adapted.set_trainable(trainable)
+        live = adapted.parameters_by_name()
+        metrics = alignment.align(
+            alignment.Emulation(adapted, emulated, lam, layerwise),
+            self._examples,
+            self._settings,
+            {name: live[name] for name in live if name in trainable},
+            learning_rate=self._learning_rate,
+            num_steps=num_steps,
+            order_seed=self._order_seed,
+            subset_seed=self._subset_seed,
+        )
+        adapted.set_trainable(plan.trainable)
+        return metrics
+
+    @property
+    def seed(self) -> int:
+        """As `types.Condenses.seed`."""
+        return self._draw_seed
+
+    def class_means(self, how: Condensation) -> Tensors:
+        """As `types.Condenses.class_means`; dropout is off."""
+        plan, lens = self._loaded(), self._lens(how)
+        batches = self._condensed_from(plan, how, None)
+        sums = condensation.class_sums(lens, batches, how.tau)
+        present = (sums.counts >= max(how.min_examples, 2)).float()
+        if not bool(present.any()):
+            raise condensation.nothing_to_condense(how)
+        means = present * sums.logits / sums.counts.clamp(min=1)
+        return {"logits": means.cpu(), "present": present[:, 0].cpu()}
+
+    def condense(self, how: Condensation, peers: torch.Tensor) -> Condensed:
+        """As `types.Condenses.condense`; dropout is off. Adds ``seconds``, and ``peak_bytes`` if asked for."""
+        plan, lens, started = self._loaded(), self._lens(how), time.perf_counter()
+        counter = LiveStorages() if self._measure_peak else None
+        if counter:
+            counter.hold(self._adapted.resident())
+        batches = self._condensed_from(plan, how, counter)
+        labels = [label for batch in batches() for label in batch["labels"].tolist()]
+        with counter.counting() if counter else nullcontext():
+            made = condensation.condense(
+                lens, batches, labels, peers, how, piece=plan.micro_batch or self._settings.batch_size, seed=self.seed
+            )
+        measured = {"peak_bytes": float(counter.peak)} if counter else {}
+        metrics = {**made.metrics, **measured, "examples": float(len(labels)), "seconds": time.perf_counter() - started}
+        return replace(made, metrics=metrics)
+
+    def fit_items(
+        self,
+        trainable: frozenset[str],
+        items: torch.Tensor,
+        labels: torch.Tensor,
+        soft_labels: torch.Tensor,
+        how: Condensation,
+        matching: Matching,
+    ) -> Mapping[str, float]:
+        """As `types.Condenses.fit_items`."""
+        plan, adapted, settings = self._loaded(), self._adapted, self._settings
+        adapted.set_trainable(trainable)
+        live = {name: tensor for name, tensor in adapted.parameters_by_name().items() if name in trainable}
+        with self._seeded():
+            adapted.train(trainable, frozen_dropout=settings.frozen_dropout)
+            metrics = condensation.fit_items(
+                ModelLens(adapted, how),  # the step itself chooses the arithmetic
+                lambda loss: training.make_step(loss, live, settings, self._learning_rate),
+                settings.batch_size,
+                items,
+                labels,
+                soft_labels.to(adapted.device),
+                matching,
+                generator=torch.Generator().manual_seed(self._order_seed),
+            )
+        self._check(plan, metrics, live)
+        adapted.set_trainable(plan.trainable)
+        return metrics
+
+    def _lens(self, how: Condensation) -> ModelLens:
+        self._adapted.set_trainable(frozenset())
+        self._adapted.base.eval()
+        # Real examples run through the blocks below the items' once, whatever the round: nothing is trained there.
+        self._adapted.remember_prefix(frozenset(self._adapted.parameters_by_name()), self._cache_bytes())
+        return ModelLens(self._adapted, how, self._settings.autocast)
+
+    def _condensed_from(self, plan: Plan, how: Condensation, counter: LiveStorages | None) -> condensation.Batches:
+        """All examples on the device, batch by batch and always in the same order."""
+        size = plan.micro_batch or self._settings.batch_size
+
+        def batches() -> Iterator[Batch]:
+            for batch in self._examples.batches(size, None):
+                piece = training.on_device(batch, self._adapted.device)
+                if counter:
+                    counter.hold(list(piece.values()))
+                yield piece
+                del batch, piece
+
+        return batches
+
     def read(self) -> Tensors:
         """Copies of all loaded tensors, head included; of weights trained whole the change, and its exact factors.
 
@@ -215,6 +321,10 @@ class ClientModel:
         return self._sample_rate * len(self._examples)
 
     @property
+    def _step_noise(self) -> int | bytes:
+        return self._noise_seed if self._noise_key is None else self._noise_key
+
+    @property
     def _sample_rate(self) -> float:
         return privacy.sample_rate(max(len(self._examples), 1), self._settings.batch_size)
 
@@ -225,7 +335,7 @@ class ClientModel:
             return
         settings = self._settings
         caps = (settings.max_steps, max_steps, settings.local_epochs * -(-len(self._examples) // settings.batch_size))
-        generator = torch.Generator().manual_seed(self._order_seed)
+        generator = privacy.draws(self._order_seed if self._noise_key is None else self._noise_key)
         num_steps = min(cap for cap in caps if cap is not None)
         yield from privacy.poisson_draws(len(self._examples), self._sample_rate, num_steps, generator)
 
@@ -289,7 +399,15 @@ class ClientModel:
 def _shape(plan: Plan) -> object:
     """What a plan's memory depends on, and whose it is."""
     ranks = tuple(sorted(plan.ranks.items()))
-    return plan.client_id, ranks, plan.trainable, plan.blocks, plan.checkpointed, plan.micro_batch
+    return (
+        plan.client_id,
+        ranks,
+        plan.trainable,
+        plan.blocks,
+        plan.checkpointed,
+        plan.micro_batch,
+        tuple(sorted(plan.sends.items())),
+    )
 
 
 def _size(drawn: Batch | Sequence[int], *, whole: bool = False) -> int:

@@ -77,6 +77,7 @@ def standings(lines: Sequence[Line]) -> list[Standing]:
     for line in lines:
         uploads = cast(Sequence[Mapping[str, Mapping[str, float]]], line["uploads"])
         seconds += max((upload["metrics"]["seconds"] for upload in uploads), default=0.0)
+        seconds += cast(Mapping[str, float], line.get("seconds", {})).get("refine", 0.0)  # what the server trains
         metrics = cast(Mapping[str, float | None], line["metrics"])
         known = {name: math.nan if value is None else value for name, value in metrics.items()}
         result.append(Standing(cast(int, line["round"]), seconds, known))

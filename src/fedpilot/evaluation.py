@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from sklearn.metrics import roc_auc_score
 
 from fedpilot import training
 from fedpilot.errors import DataError
@@ -43,11 +44,16 @@ class Measured:
         number: Of the batch, from 0; sums are taken in this order, whoever measured which batch.
         group: Name of the group that the batch belongs to; ``None`` where there are none.
         totals: The sums.
+        scores: Of two classes, the predicted share of class 1 for each example, and its class; empty of more classes.
+        task: What was measured, where that is not the model's own task: a language model that chooses among answers is
+            a classifier.
     """
 
     number: int
     group: str | None
     totals: Totals
+    scores: tuple[tuple[float, int], ...] = ()
+    task: str | None = None
 
 
 def evaluate(
@@ -58,8 +64,11 @@ def evaluate(
     groups: Sequence[str] | None = None,
     batch_size: int = 64,
     autocast: str = "float32",
+    answers: Sequence[int] = (),
 ) -> dict[str, float]:
     """Accuracy and loss, or loss and perplexity of a language model; exact means over examples, or over words.
+
+    Of two classes also ``auc``, the area under the ROC curve; NaN where the examples have one class only.
 
     Args:
         adapted: The model; it holds the deployment afterwards.
@@ -68,11 +77,15 @@ def evaluate(
         groups: One name for each example; each group's metrics are added as ``accuracy/<group>`` and so on.
         batch_size: Examples of one forward pass; does not change the result beyond rounding.
         autocast: Arithmetic, as in `TrainingSettings`.
+        answers: Token of each class, where a language model chooses among them: its figures are then a classifier's,
+            of the softmax over these tokens at the first target of each example.
 
     Raises:
         DataError: There are no examples, or not one group name for each.
     """
-    measured = measure(adapted, deployment, examples, groups=groups, batch_size=batch_size, autocast=autocast)
+    measured = measure(
+        adapted, deployment, examples, groups=groups, batch_size=batch_size, autocast=autocast, answers=answers
+    )
     return combined(adapted.task_type, measured)
 
 
@@ -84,6 +97,7 @@ def measure(
     groups: Sequence[str] | None = None,
     batch_size: int = 64,
     autocast: str = "float32",
+    answers: Sequence[int] = (),
     part: int = 0,
     parts: int = 1,
 ) -> list[Measured]:
@@ -101,7 +115,7 @@ def measure(
     batches = enumerate(_batches(examples, groups, batch_size))
     with torch.no_grad():
         return [
-            Measured(number, group, _measure_batch(adapted, training.on_device(batch, adapted.device), autocast))
+            _measured(adapted, number, group, training.on_device(batch, adapted.device), autocast, answers)
             for number, (group, batch) in islice(batches, part, None, parts)
         ]
 
@@ -109,12 +123,26 @@ def measure(
 def combined(task: str, measured: Iterable[Measured]) -> dict[str, float]:
     """The metrics of `evaluate` from all of its batches, in whatever order: the same to the bit."""
     by_group: dict[str | None, Totals] = {}
+    scores: dict[str | None, list[tuple[float, int]]] = {}
     for batch in sorted(measured, key=lambda batch: batch.number):
         by_group[batch.group] = by_group.get(batch.group, Totals()) + batch.totals
+        scores.setdefault(batch.group, []).extend(batch.scores)
+        task = batch.task or task
     metrics: dict[str, float] = {}
     for group, totals in by_group.items():
-        metrics |= {} if group is None else totals.metrics(task, f"/{group}")
-    return sum(by_group.values(), Totals()).metrics(task, "") | metrics
+        if group is not None:
+            metrics |= totals.metrics(task, f"/{group}") | _auc(scores[group], f"/{group}")
+    overall = _auc([score for of_group in scores.values() for score in of_group], "")
+    return sum(by_group.values(), Totals()).metrics(task, "") | overall | metrics
+
+
+def _auc(scores: Sequence[tuple[float, int]], suffix: str) -> dict[str, float]:
+    """Area under the ROC curve; nothing where there are no scores, NaN where they are of one class."""
+    if not scores:
+        return {}
+    shares, labels = zip(*scores, strict=True)
+    both = len(set(labels)) == 2
+    return {f"auc{suffix}": float(roc_auc_score(labels, shares)) if both else math.nan}
 
 
 def _batches(examples: Examples, groups: Sequence[str] | None, batch_size: int) -> Iterator[tuple[str | None, Batch]]:
@@ -129,10 +157,44 @@ def _batches(examples: Examples, groups: Sequence[str] | None, batch_size: int) 
             yield group, batch
 
 
-def _measure_batch(adapted: AdaptedModel, batch: Batch, autocast: str) -> Totals:
+def _measured(
+    adapted: AdaptedModel, number: int, group: str | None, batch: Batch, autocast: str, answers: Sequence[int]
+) -> Measured:
     labels = batch["labels"]
     with training.arithmetic(autocast, adapted.device.type):
         logits = adapted.logits(batch)
-    loss = float(cross_entropy(logits, labels))
-    correct = float((logits.argmax(dim=-1) == labels).sum()) if labels.ndim == 1 else 0.0
-    return Totals(float(training.num_targets(batch)), loss, correct)
+    if labels.ndim == 2 and not answers:
+        return Measured(number, group, Totals(float(training.num_targets(batch)), float(cross_entropy(logits, labels))))
+    task = "sequence-classification" if answers else None
+    if answers:
+        logits, labels = choice(logits, labels, answers)
+    correct = float((logits.argmax(dim=-1) == labels).sum())
+    totals = Totals(float(len(labels)), float(cross_entropy(logits, labels)), correct)
+    scores: tuple[tuple[float, int], ...] = ()
+    if logits.shape[-1] == 2:
+        shares = logits.float().softmax(dim=-1)[:, 1].tolist()
+        scores = tuple(zip(shares, labels.tolist(), strict=True))
+    return Measured(number, group, totals, scores, task)
+
+
+def choice(logits: torch.Tensor, labels: torch.Tensor, answers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A language model's logits of the answers where each example's first target stands, and which answer it is.
+
+    Args:
+        logits: (examples, length, words).
+        labels: (examples, length), `training.IGNORED` where there is no target; not shifted.
+        answers: Token of each class.
+
+    Returns:
+        (examples, answers) and (examples,).
+
+    Raises:
+        DataError: An example's first target is none of the answers.
+    """
+    first = (labels != training.IGNORED).int().argmax(dim=1)
+    rows = torch.arange(len(labels), device=labels.device)
+    tokens = torch.tensor(list(answers), device=labels.device)
+    found = labels[rows, first].unsqueeze(1) == tokens
+    if not bool(found.any(dim=1).all()):
+        raise DataError("every example's first target must be one of the answers, got another; check data.answers")
+    return logits[rows, first - 1][:, tokens], found.int().argmax(dim=1)

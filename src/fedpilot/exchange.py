@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -77,19 +77,28 @@ class Clock:
 
 
 def download_bytes(task: Task) -> int:
-    """Bytes that travel down: all tensors but those that the client draws itself, and the base's steps it lacks."""
+    """Bytes that travel down: all tensors but those that the client draws itself, and the base's steps it lacks.
+
+    What is not the model's (``Task.extra``) counts like the rest.
+    """
     drawn = frozenset[str]() if task.fresh is None else task.fresh.names
     sent = {name: tensor for name, tensor in task.tensors.items() if name not in drawn}
-    return tensors.num_bytes(sent) + base_deltas.num_bytes(task.base_delta)
+    return tensors.num_bytes(sent) + tensors.num_bytes(task.extra) + base_deltas.num_bytes(task.base_delta)
 
 
 def check_task(task: Task, whole: WholeWeights = WholeWeights()) -> None:
     """Refuses a task that contradicts its plan.
 
     Raises:
-        PlanError: A trained tensor is not in the task, or a pair is not of the planned rank.
+        PlanError: A trained tensor is not in the task, or a pair is not of the planned rank; or what is sent beside
+            the trained tensors has the name of one.
     """
     plan = task.plan
+    if twice := sorted(plan.sends.keys() & plan.trainable):
+        raise PlanError(
+            f"what client {plan.client_id} sends beside its trained tensors must have names of its own, got "
+            f"{_some(twice)}; rename it in plan.sends"
+        )
     if absent := sorted(plan.trainable - task.tensors.keys() - whole.shapes.keys()):
         raise PlanError(
             f"task of client {plan.client_id} must hold every tensor that its plan trains, lacks {_some(absent)}; "
@@ -112,7 +121,8 @@ def check_upload(upload: Upload, sent: Layout, whole: WholeWeights = WholeWeight
 
     Args:
         upload: What came back.
-        sent: Name -> shape and dtype of each trained tensor as it went down, or of a trained base weight's change.
+        sent: Name -> shape and dtype of each trained tensor as it went down, of a trained base weight's change, or of
+            what the plan sends beside them.
         whole: Base weights, and the rank that factors of their changes may have.
 
     Raises:
@@ -125,7 +135,7 @@ def check_upload(upload: Upload, sent: Layout, whole: WholeWeights = WholeWeight
         raise UploadError(
             f"upload must hold exactly the {len(sent)} tensors of its plan, "
             f"lacks {_some(sorted(sent.keys() - upload.tensors.keys()))}, "
-            f"adds {_some(sorted(upload.tensors.keys() - sent.keys()))}; send what plan.trainable names"
+            f"adds {_some(sorted(upload.tensors.keys() - sent.keys()))}; send what plan.trainable and plan.sends name"
         )
     for name, tensor in upload.tensors.items():
         allowed = _allowed_shape(name, upload, sent)
@@ -170,6 +180,45 @@ def _some(names: Sequence[str]) -> str:
     return f"{listed} and {len(names) - 3} more" if len(names) > 3 else listed
 
 
+def second_tasks(tasks: Sequence[Task], messages: Sequence[Upload], plans: Mapping[int, Plan]) -> list[Task]:
+    """The tasks of a round's second exchange, marked as such.
+
+    Args:
+        tasks: What `Exchanges.mid_round` gave.
+        messages: Of the first exchange.
+        plans: Client -> its plan of the first exchange.
+
+    Raises:
+        PlanError: A task is for a client whose message did not come, or out of order; or it needs more memory than was
+            planned.
+    """
+    came, asked = [message.client_id for message in messages], [task.plan.client_id for task in tasks]
+    if asked != [client_id for client_id in came if client_id in asked]:
+        raise PlanError(
+            f"tasks of the second exchange must be for clients whose message came, in their order {came}, got {asked}; "
+            "ask each once"
+        )
+    for plan in (task.plan for task in tasks):
+        before = plans[plan.client_id].peak_bytes
+        if before is not None and (plan.peak_bytes is None or plan.peak_bytes > before):
+            raise PlanError(
+                f"second plan of client {plan.client_id} must need no more than the first, {before} bytes, got "
+                f"{plan.peak_bytes}; plan for both exchanges at once"
+            )
+    return [replace(task, exchange=2) for task in tasks]
+
+
+def _together(message: UploadRecord, upload: UploadRecord) -> UploadRecord:
+    """A client's record over both exchanges: bytes and seconds add up, other metrics are the later ones."""
+    seconds = {
+        name: message.metrics[name] + upload.metrics[name]
+        for name in ("seconds", "round_trip_seconds")
+        if name in message.metrics and name in upload.metrics
+    }
+    metrics = {**message.metrics, **upload.metrics, **seconds}
+    return replace(upload, bytes_up=message.bytes_up + upload.bytes_up, metrics=metrics)
+
+
 class RoundResults(Iterator[Upload]):
     """The accepted uploads of one exchange, one after the other.
 
@@ -186,6 +235,7 @@ class RoundResults(Iterator[Upload]):
         whole: Base weights that plans may train.
         screen: Judges uploads by their size; what it refuses is a failure too.
         public: Metrics of uploads that are recorded; ``None`` for all.
+        earlier: The round's first exchange, where this is its second: its bytes and failures count here too.
     """
 
     def __init__(
@@ -199,12 +249,15 @@ class RoundResults(Iterator[Upload]):
         whole: WholeWeights = WholeWeights(),
         screen: Screen | None = None,
         public: frozenset[str] | None = None,
+        earlier: "RoundResults | None" = None,
     ) -> None:
-        self.bytes_down = 0
-        self.bytes_up = 0
-        self.bytes_base = 0
+        self.bytes_down: int = earlier.bytes_down if earlier else 0
+        self.bytes_up: int = earlier.bytes_up if earlier else 0
+        self.bytes_base: int = earlier.bytes_base if earlier else 0
         self.records: list[UploadRecord] = []
-        self.failures: list[Failure] = []
+        self.failures: list[Failure] = list(earlier.failures) if earlier else []
+        self._messages = {record.client_id: record for record in earlier.records} if earlier else {}
+        self.facts: dict[str, float] = {}
         self._round, self._distribute, self._tell, self._clock = round, distribute, tell, clock
         self._whole, self._screen, self._public = whole, screen, public
         self._plans = {plan.client_id: plan for plan in plans}
@@ -240,7 +293,9 @@ class RoundResults(Iterator[Upload]):
             check_task(task, self._whole)
         self.bytes_down += download_bytes(task)
         self.bytes_base += base_deltas.num_bytes(task.base_delta)
-        self._awaited[plan.client_id] = {name: self._layout(name, task) for name in sorted(plan.trainable)}
+        trained = {name: self._layout(name, task) for name in sorted(plan.trainable)}
+        beside = {name: (tuple(shape), torch.float32) for name, shape in plan.sends.items()}
+        self._awaited[plan.client_id] = trained | beside
         return task
 
     def _layout(self, name: str, task: Task) -> tuple[tuple[int, ...], torch.dtype]:
@@ -269,6 +324,8 @@ class RoundResults(Iterator[Upload]):
             name: value for name, value in result.metrics.items() if self._public is None or name in self._public
         }
         record = UploadRecord(result.client_id, result.num_examples, bytes_up, metrics)
+        if message := self._messages.get(result.client_id):
+            record = _together(message, record)
         self.records.append(record)
         self._tell(record)
         return result

@@ -50,6 +50,11 @@ def export_peft(
     Raises:
         ModelError: The tensors are not this model's, nothing was changed, or a weight that no pair adapts was.
     """
+    if deployment.blocks is not None:
+        raise ModelError(
+            f"an exported adapter must be of the whole model, got one of blocks {deployment.blocks} alone, which PEFT "
+            "cannot say; export what the method deploys"
+        )
     check_tensors(adapted.spec, ranks_of(deployment.tensors), deployment.tensors)
     tensors, left_out = deployment.tensors, 0.0
     if deployment.base_delta.version or max_rank is not None:
@@ -137,6 +142,7 @@ def model_card(
     """Markdown with the metadata block that model hubs read; ``left_out`` as `folded` gives it."""
     pipeline, auto_class = _PIPELINES[adapted.task_type]
     labels = "" if adapted.task_type == "causal-lm" else f", num_labels={adapted.num_labels}"
+    labels += "" if adapted.padding is None else f", pad_token_id={adapted.padding}"
     head = ", ".join(adapted.head_modules()) or "nothing"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     cut = f" Cut to rank {max(ranks.values())}: {left_out:.3g} of the changes' Frobenius norm is left out."

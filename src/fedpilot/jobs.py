@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from fedpilot import checkpoint
+from fedpilot import checkpoint, trackers
 from fedpilot.comparison import Comparison, Line, Standing, compare, display_name, standings, summary, took_part
 from fedpilot.config import setup
 from fedpilot.config.recipe import Recipe, read_recipe
@@ -17,9 +18,10 @@ from fedpilot.config.setup import Experiment
 from fedpilot.errors import ConfigError, RecordError
 from fedpilot.manifest import manifest
 from fedpilot.record import RunDirectory, strict
-from fedpilot.rounds import Observer, Unwatched
+from fedpilot.rounds import Evaluate, Observer, Unwatched, measured
 from fedpilot.runs import train
-from fedpilot.types import Algorithm, Deployment, Engine
+from fedpilot.stopping import Halted
+from fedpilot.types import Algorithm, Engine
 
 BASELINE, COMPARISON, RECIPE, LOG, TEST = "baseline", "comparison.json", "recipe.toml", "log.txt", "test.json"
 KEPT = "kept"  # folder of what clients keep, where the recipe wants it on disk
@@ -37,11 +39,15 @@ class Job:
         experiment: The parts.
         directory: The method's run; the baseline's is in its folder ``baseline``.
         engine_for: Method -> the engine that carries its run; ``None`` for the recipe's own.
+        noise_key: Secret that the server's noise follows from; ``None`` for the recipe's seed.
+        halt: Whether to end after a round, although the run is not over.
     """
 
     experiment: Experiment
     directory: RunDirectory
     engine_for: EngineFor | None = None
+    noise_key: bytes | None = field(default=None, repr=False)
+    halt: Callable[[], bool] = field(default=lambda: False, repr=False)
 
     @property
     def recipe(self) -> Recipe:
@@ -83,6 +89,7 @@ def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = Non
     Raises:
         FedpilotError: Data, model or directory cannot be had as asked; nothing is written then.
     """
+    trackers.check(recipe.run.trackers)
     experiment = setup.experiment(replace(recipe, methods={}), traces=traces)  # a run has one method
     recipe = experiment.recipe  # now with what was measured on this machine
     where = path or free_path(Path(recipe.run.out), recipe.run.name)
@@ -92,6 +99,8 @@ def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = Non
         "tiers": list(people.tiers),
         "num_blocks": experiment.sketch.spec.num_blocks,
     }
+    if people.clicks is not None:
+        known["click_model"] = people.clicks.facts(people.table.test)
     directory = RunDirectory.create(where, facts_of(recipe) | known)
     checkpoint.write_file(directory.path / RECIPE, recipe.to_toml().encode())
     return Job(experiment, directory)
@@ -108,6 +117,7 @@ def resume(path: Path, *, traces: Path | None = None) -> Job:
         RecordError: There is no run.
     """
     recipe = recipe_of(path)
+    trackers.check(recipe.run.trackers)
     experiment = setup.experiment(recipe, traces=traces)
     return Job(experiment, RunDirectory.open(path, facts_of(recipe)))
 
@@ -175,6 +185,7 @@ def run(job: Job, watch: Watch = unwatched, *, read_test: bool = True) -> Compar
 
     Raises:
         ConfigError: The recipe's engine is one whose nodes must join first.
+        Halted: The job was asked to end.
     """
     recipe = job.recipe
     if job.engine_for is None and recipe.run.engine != "in-process":
@@ -195,6 +206,8 @@ def _run(job: Job, watch: Watch, read_test: bool) -> Comparison | None:
         ended.read_test()
     if recipe.baseline is None:
         return None
+    if job.halt():
+        raise Halted
     directory = _run_baseline(job, recipe.baseline, job.directory.lines(), watch, read_test)
     comparison = compare(recipe, job.directory.lines(), directory.lines())
     checkpoint.write_file(job.path / COMPARISON, (json.dumps(summary(comparison), indent=2) + "\n").encode())
@@ -228,14 +241,14 @@ class _Ended:
     experiment: Experiment
     directory: RunDirectory
     round: int
-    deployment: Deployment
+    measured: Callable[[Evaluate], Mapping[str, float]]
 
     def read_test(self) -> None:
         """Writes ``test.json``, once, where the rounds were evaluated on validation data."""
         known = tested(self.directory)
         if self.experiment.recipe.evaluation.on == "test" or (known is not None and known.round == self.round):
             return
-        metrics = strict(dict(self.experiment.evaluate_on("test", self.deployment)))
+        metrics = strict(self.measured(partial(self.experiment.evaluate_on, "test")))
         text = json.dumps({"round": self.round, "metrics": metrics}, indent=2) + "\n"
         checkpoint.write_file(self.directory.path / TEST, text.encode())
 
@@ -260,9 +273,12 @@ def _train(
         observer=observer,
         cadence=setup.cadence(job.recipe),
         measure_aggregation=job.recipe.evaluation.aggregation_error,
-        safeguards=job.recipe.safeguards,
+        safeguards=replace(job.recipe.safeguards, noise_key=job.noise_key),
+        tracked_by=job.recipe.run.trackers,
+        server=experiment.server_site(algorithm),
+        halt=job.halt,
     )
-    return _Ended(experiment, directory, outcome.round, algorithm.deploy(outcome.state))
+    return _Ended(experiment, directory, outcome.round, partial(measured, algorithm, outcome.state))
 
 
 def _run_baseline(

@@ -12,7 +12,7 @@ from fedpilot import allocation, lora, memory
 from fedpilot.allocation import Allocation
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, CostTable, LeftOut, ModelSpec, Plan
+from fedpilot.types import Attachment, ClientProfile, CostTable, LeftOut, ModelSpec, Plan
 
 Solver: TypeAlias = Literal["exact", "additive", "suffix", "random", "all", "all-checkpointed"]
 Factors: TypeAlias = Literal["AB", "B"]
@@ -37,6 +37,12 @@ def train_blocks(spec: ModelSpec, client_id: int, rank: int, blocks: Iterable[in
     return Plan(client_id=client_id, ranks=dict.fromkeys(spec.modules, rank), trainable=names)
 
 
+def frozen_from(spec: ModelSpec, client_id: int, rank: int, depth: int) -> Plan:
+    """Nothing is trained; modules from the block on hold a pair of the rank, those below none."""
+    modules = lora.blocks_modules(spec, range(depth, spec.num_blocks))
+    return Plan(client_id=client_id, ranks=dict.fromkeys(modules, rank), trainable=frozenset())
+
+
 def train_all(spec: ModelSpec, client_id: int, rank: int, factors: Factors = "AB") -> Plan:
     """Every module is trained at the rank."""
     return train_blocks(spec, client_id, rank, range(spec.num_blocks), factors)
@@ -59,9 +65,8 @@ def from_allocation(spec: ModelSpec, client_id: int, rank: int, allocation: Allo
 
 def trained_blocks(spec: ModelSpec, plan: Plan) -> tuple[int, ...]:
     """Blocks of which the plan trains at least one tensor, ascending."""
-    return tuple(
-        sorted({spec.block_of[module] for module in plan.ranks if plan.trainable & frozenset(lora.names([module]))})
-    )
+    owners = {name.rpartition(".")[0] for name in plan.trainable}
+    return tuple(sorted({spec.block_of[owner] for owner in owners if owner in spec.block_of}))
 
 
 def max_flops(client: ClientProfile) -> float | None:
@@ -129,8 +134,9 @@ def alike(
         blocks = straggler_blocks(profile, spec, rank, budget_bytes)
     plan = train_blocks(spec, -1, rank, blocks)
     plans = [fit_or_leave_out(profile, replace(plan, client_id=client.client_id), client) for client in cohort]
-    for entry in plans:
-        if participation == "all" and isinstance(entry, LeftOut):
+    for entry, client in zip(plans, cohort, strict=True):
+        # Whoever was found to have less than it said is left out; a budget that is too small is a recipe's error.
+        if participation == "all" and isinstance(entry, LeftOut) and client.margin == 1.0:
             raise PlanError(
                 f"client {entry.client_id} must train everything with participation 'all', but {entry.reason}; "
                 "raise its budget, or choose participation 'exclusive' or 'straggler'"
@@ -149,6 +155,29 @@ def straggler_blocks(profile: MemoryProfile, spec: ModelSpec, rank: int, budget_
     table = memory.cost_table(profile, ranks=(rank,), checkpointing=False, adapter_rank=rank)
     chosen = allocation.suffix(table, budget_bytes)
     return chosen.trained_blocks if chosen is not None else range(spec.num_blocks - 1, spec.num_blocks)
+
+
+def largest_suffixes(
+    profile: MemoryProfile,
+    cohort: Sequence[ClientProfile],
+    spec: ModelSpec,
+    attachment: Attachment,
+    checkpointing: bool = False,
+) -> list[Plan | LeftOut]:
+    """For each client the deepest blocks in which it can train an attachment, with all of it that lies in no block.
+
+    Of plans that train the same, whole batches come before small ones and these before recomputed blocks.
+    """
+    plans = [
+        plan
+        for size in profile.sizes
+        for plan in memory.candidates(spec, attachment, profile.batch, size, checkpointing)
+    ]
+
+    def order(plan: Plan) -> tuple[int, int, int]:
+        return -len(plan.trainable), len(plan.checkpointed), -(plan.micro_batch or profile.batch)
+
+    return first_that_fits(profile, sorted(plans, key=order), cohort)
 
 
 def first_that_fits(

@@ -22,6 +22,7 @@ from typing import Generic, TypeAlias, cast
 import torch
 
 from fedpilot import checkpoint
+from fedpilot.attachments import ATTACHMENTS
 from fedpilot.errors import RecordError
 from fedpilot.manifest import check_same_run
 from fedpilot.rounds import RoundRecord
@@ -58,6 +59,8 @@ class RunDirectory:
         """
         if (path / "manifest.json").exists():
             raise RecordError(f"run directory must be new, got {path} with a run in it; resume it or choose another")
+        if path.exists() and not path.is_dir():
+            raise RecordError(f"run directory must be a directory, got the file {path}; choose another name")
         if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise RecordError(f"run directory must be new or empty, got {path} with files in it; choose another")
         with checkpoint.writing(path):
@@ -79,7 +82,7 @@ class RunDirectory:
         file = path / "manifest.json"
         try:
             found = json.loads(file.read_bytes())
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise RecordError(f"{file} must exist, got no such file; start a run in {path} first") from error
         except ValueError as error:
             raise RecordError(f"{file} must be JSON, got {error}; restore it from a copy") from error
@@ -259,7 +262,8 @@ class RunDirectory:
         except RecordError as error:
             raise RecordError(f"{error}; resume the run to write it again, or take another adapter") from error
         tree = body.pop("deployment")
-        return cast(Deployment, checkpoint.decode(tree, found, checkpoint.classes_of(Deployment))), body
+        classes = checkpoint.classes_of(Deployment) | {cls.__qualname__: cls for cls in ATTACHMENTS.values()}
+        return cast(Deployment, checkpoint.decode(tree, found, classes)), body
 
 
 def strict(value: object) -> object:

@@ -9,39 +9,50 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 
-from fedpilot import tensors
+from fedpilot import margins, secure_round, tensors
 from fedpilot.aggregation_error import AggregationError
 from fedpilot.errors import ConfigError, PlanError
-from fedpilot.exchange import Ahead, Clock, RoundResults, UploadRecord, whole_weights
+from fedpilot.exchange import Ahead, Clock, RoundResults, UploadRecord, second_tasks, whole_weights
+from fedpilot.margins import Margins
 from fedpilot.privacy import client_dp
-from fedpilot.privacy.client_dp import ClientDP
+from fedpilot.privacy.fixed_point import Sums
+from fedpilot.privacy.secure_settings import weighs_by_examples
 from fedpilot.safeguards import NONE, Safeguards
 from fedpilot.screening import WINDOW, Norms, Screen
+from fedpilot.secure_round import Agreement, SecureResults
 from fedpilot.types import (
     Algorithm,
     Averages,
     ClientProfile,
     Deployment,
+    DeploysMore,
     Engine,
+    Exchanges,
     Failure,
     HasStepKind,
     LeftOut,
     ModelSpec,
     Plan,
+    RefinesOnServer,
+    Site,
     State,
     State_contra,
     StepKind,
     Task,
+    Tensors,
     Upload,
 )
 
 logger = logging.getLogger(__name__)
 
 Evaluate: TypeAlias = Callable[[Deployment], Mapping[str, float]]
+
+ServerSite: TypeAlias = Callable[[int], Site]
+"""Round -> the server's own site, for methods that train there; round 0 is the preparation."""
 
 SAMPLING, PLANNING = 0, 1  # numbers of a round's random steps
 
@@ -54,6 +65,42 @@ def generator(seed: int, *step: int) -> np.random.Generator:
 def not_evaluated(deployment: Deployment) -> Mapping[str, float]:
     """The metrics of a round that is not evaluated: none."""
     return {}
+
+
+def measured(algorithm: Algorithm[State], state: State, evaluate: Evaluate) -> dict[str, float]:
+    """Metrics of all that the state deploys; those of a further deployment under its prefix, ``emulator_accuracy``."""
+    metrics = dict(evaluate(algorithm.deploy(state)))
+    if isinstance(algorithm, DeploysMore):
+        for prefix, deployment in algorithm.deploy_more(state).items():
+            metrics |= {f"{prefix}_{name}": value for name, value in evaluate(deployment).items()}
+    return metrics
+
+
+def first_state(algorithm: Algorithm[State], seed: int, server: ServerSite | None) -> State:
+    """The state before round 1, prepared where the method prepares on the server; a function of seed and site.
+
+    Raises:
+        PlanError: The method trains on the server and there is no site for it.
+    """
+    check_server(algorithm, server)
+    state = algorithm.init(generator(seed, 0))
+    if isinstance(algorithm, RefinesOnServer):
+        assert server is not None, "checked above"
+        state = algorithm.prepare(state, server(0))
+    return state
+
+
+def check_server(algorithm: object, server: ServerSite | None) -> None:
+    """Refuses a method that trains on the server where it cannot.
+
+    Raises:
+        PlanError: As said.
+    """
+    if isinstance(algorithm, RefinesOnServer) and server is None:
+        raise PlanError(
+            f"{type(algorithm).__name__} trains on the server and must have a site there, got none; "
+            "give run_rounds or train a server"
+        )
 
 
 # --- what is recorded ---------------------------------------------------------------------------------------------
@@ -98,7 +145,7 @@ class RoundRecord:
         left_out: Sampled clients for which nothing fits.
         uploads: What came back and was accepted.
         failures: Clients that were asked and did not deliver, or delivered something else.
-        aggregated: Whether the state changed: false when nobody delivered.
+        aggregated: Whether the state changed: false when nobody delivered, or fewer than the recipe's fewest.
         bytes_down: Sent to clients, tensors only.
         bytes_up: Received from clients, tensors only, refused uploads included.
         bytes_base: Of ``bytes_down``: changes of the frozen base that clients lacked.
@@ -106,6 +153,7 @@ class RoundRecord:
         facts: What the algorithm says of its new state; see `Explains`. ``epsilon`` is what a private run has cost.
         norms: Client -> norms of its update, in the order of arrival and refused ones included, where uploads are
             screened.
+        margins: Client -> factor on its predicted bytes from the next round on, of those that ever ran out of memory.
         seconds: Phase -> seconds; phases do not overlap, ``total`` is the whole round.
     """
 
@@ -121,6 +169,7 @@ class RoundRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
     norms: Mapping[int, Norms] = field(default_factory=dict)
+    margins: Margins = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -200,6 +249,8 @@ def run_rounds(
     measure_aggregation: bool = False,
     safeguards: Safeguards = NONE,
     norms: tuple[Norms, ...] = (),
+    server: ServerSite | None = None,
+    known: Margins | None = None,
 ) -> Iterator[tuple[State, RoundRecord]]:
     """Yields the state and the record after each round.
 
@@ -218,20 +269,26 @@ def run_rounds(
         measure_aggregation: Whether to record ``aggregation_error``, which a run with noise on the sum never does.
         safeguards: Screening, a robust rule, privacy of clients; the run ends where a privacy budget does.
         norms: Of updates in the rounds before ``first_round``, for screening; see `screening.recalled`.
+        server: The server's site in a round, for methods that train there.
+        known: Margins learnt before ``first_round``; see `margins.recalled`.
 
     Raises:
         ConfigError: The population or the cohort size cannot be used.
-        PlanError: A plan exceeds its client's budget, or contradicts its task; or a safeguard cannot serve the method.
+        PlanError: A plan exceeds its client's budget, or contradicts its task; or a safeguard cannot serve the method;
+            or the method trains on the server and has no site there.
     """
     _check_population(population, cohort_size)
     safeguards.check(algorithm)
+    check_server(algorithm, server)
     last = safeguards.last_round(num_rounds, population, cohort_size)
     private = safeguards.private
-    current = algorithm.init(generator(seed, 0)) if state is None else state
+    current = first_state(algorithm, seed, server) if state is None else state
     watched = observer or Unwatched()
+    learnt = known or {}
     for round in range(first_round, last + 1):
         draw = sample if safeguards.central is None else safeguards.central.sample
-        cohort = draw(population, cohort_size, generator(seed, round, SAMPLING))
+        drawn = draw(population, cohort_size, generator(seed, round, SAMPLING))
+        cohort = [margins.applied(client, learnt) for client in drawn]
         current, record = run_round(
             algorithm,
             engine,
@@ -245,8 +302,11 @@ def run_rounds(
             safeguards=safeguards,
             norms=norms,
             expected_clients=cohort_size or len(population),
+            server=server,
         )
         norms = (*norms, *record.norms.values())[-WINDOW:]
+        learnt = _learnt(learnt, record)
+        record = replace(record, margins=learnt)
         if private is not None:
             cost = private.facts(round, private.rate(len(population), cohort_size))
             record = replace(record, facts={**record.facts, **cost})
@@ -271,8 +331,9 @@ def run_round(
     safeguards: Safeguards = NONE,
     norms: tuple[Norms, ...] = (),
     expected_clients: int = 1,
+    server: ServerSite | None = None,
 ) -> tuple[State, RoundRecord]:
-    """One round: plan, distribute, local update, upload, aggregate, evaluate, record."""
+    """One round: plan, distribute, local update, upload, aggregate, refine, evaluate, record."""
     clock, start = Clock(), time.perf_counter()
     with clock.phase("plan"):
         entries = algorithm.plan(state, cohort, generator(seed, round, PLANNING)) if cohort else []
@@ -287,14 +348,22 @@ def run_round(
     screen = Screen(safeguards.screening, norms, algorithm.spec.scale) if safeguards.screening.on else None
     public = None if safeguards.private is None else client_dp.PUBLIC
     distribute = partial(algorithm.distribute, state)
-    results = RoundResults(engine, round, plans, distribute, tell, clock, whole, screen, public)
-    measured = measure_aggregation and safeguards.central is None
-    error = AggregationError(algorithm, state, plans) if measured else None
+    seeds = [seed, round]
+    results: RoundResults | SecureResults
+    if isinstance(algorithm, Exchanges):
+        results = _second_exchange(algorithm, engine, state, round, plans, tell, clock)
+    elif safeguards.secure is None:
+        results = RoundResults(engine, round, plans, distribute, tell, clock, whole, screen, public)
+    else:
+        agreement = _agreement(algorithm, state, safeguards, cohort, plans, expected_clients, seeds)
+        results = SecureResults(safeguards.carrier(engine), round, plans, distribute, tell, clock, agreement)
+    plain = safeguards.central is None and safeguards.secure is None
+    exact = measure_aggregation and plain and not isinstance(algorithm, Exchanges)  # which upload no updates
+    error = AggregationError(algorithm, state, plans) if exact else None
     uploads = Ahead(safeguards.robust(results if error is None else map(partial(_taken, error, clock), results)))
-    if safeguards.central is not None:
-        seeds = [seed, round]
-        uploads = Ahead(_noisy(algorithm, state, safeguards.central, uploads, plans, expected_clients, seeds))
-    aggregated = uploads.any()
+    if safeguards.central is not None and safeguards.secure is None:
+        uploads = Ahead(_noisy(algorithm, state, safeguards, uploads, plans, expected_clients, seeds))
+    before, aggregated = state, uploads.any()
     facts: dict[str, float] = {}
     if aggregated:  # a round in which nobody delivers leaves the state as it is
         with clock.phase("aggregate"):
@@ -303,9 +372,15 @@ def run_round(
         if error is not None:
             with clock.phase("aggregation_error"):
                 facts["aggregation_error"] = error.result(state)
+        if safeguards.too_few(len(results.records), len(plans)):
+            logger.warning("round %d: %d uploads are too few to count", round, len(results.records))
+            state, aggregated, facts = before, False, {}
+        elif isinstance(algorithm, RefinesOnServer) and server is not None:
+            with clock.phase("refine"):
+                state = algorithm.refine(state, server(round))
 
     with clock.phase("evaluate"):
-        metrics = dict(evaluate(algorithm.deploy(state)))
+        metrics = measured(algorithm, state, evaluate)
     profiles = {client.client_id: client for client in cohort}
     record = RoundRecord(
         round=round,
@@ -318,11 +393,46 @@ def run_round(
         bytes_up=results.bytes_up,
         bytes_base=results.bytes_base,
         metrics=metrics,
-        facts={**(algorithm.explain(state) if isinstance(algorithm, Explains) else {}), **facts},
+        facts={**(algorithm.explain(state) if isinstance(algorithm, Explains) else {}), **results.facts, **facts},
         norms={} if screen is None else screen.measured,
         seconds={**clock.seconds, "total": time.perf_counter() - start},
     )
     return state, record
+
+
+def _second_exchange(
+    algorithm: Exchanges[State],
+    engine: Engine,
+    state: State,
+    round: int,
+    plans: Sequence[Plan],
+    tell: Callable[[UploadRecord | Failure], None],
+    clock: Clock,
+) -> RoundResults:
+    """The first exchange to its end, and what comes of the second; observers hear of a client once."""
+    method = cast(Algorithm[State], algorithm)
+
+    def failed(result: UploadRecord | Failure) -> None:
+        if isinstance(result, Failure):
+            tell(result)
+
+    first = RoundResults(engine, round, plans, partial(method.distribute, state), failed, clock)
+    messages = list(first)
+    with clock.phase("mid_round"):
+        of = {plan.client_id: plan for plan in plans}
+        tasks = second_tasks(algorithm.mid_round(state, of, messages) if messages else (), messages, of)
+    of_client = {task.plan.client_id: task for task in tasks}
+
+    def distribute(plan: Plan) -> Task:
+        return of_client.pop(plan.client_id)
+
+    return RoundResults(engine, round, [task.plan for task in tasks], distribute, tell, clock, earlier=first)
+
+
+def _learnt(known: Margins, record: RoundRecord) -> Margins:
+    """The margins after a round that is recorded."""
+    budgets = {plan.client_id: plan.budget_bytes for plan in record.plans}
+    return margins.learnt(known, record.failures, budgets, {plan.client_id: plan.peak_bytes for plan in record.plans})
 
 
 def _taken(error: AggregationError[State], clock: Clock, upload: Upload) -> Upload:
@@ -334,24 +444,72 @@ def _taken(error: AggregationError[State], clock: Clock, upload: Upload) -> Uplo
 def _noisy(
     algorithm: Algorithm[State],
     state: State,
-    private: ClientDP,
+    safeguards: Safeguards,
     uploads: Iterator[Upload],
     plans: Sequence[Plan],
     expected_clients: int,
     seed: Sequence[int],
 ) -> Iterator[Upload]:
     """The uploads' noisy mean, over the tensors that the method trains whoever was sampled."""
-    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else StepKind()
-    present = client_dp.trained_by(algorithm.deploy(state).tensors, kind.patterns)
-    how = algorithm.averaging if isinstance(algorithm, Averages) else None
-    if plans and how is not None and how.same_names:
-        present = tensors.only(present, plans[0].trainable)
+    assert safeguards.central is not None, "or there is no noise"
+    present = _trained(algorithm, state, plans)
     of_client = {plan.client_id: plan for plan in plans}
 
     def distribute(client_id: int) -> Task:
         return algorithm.distribute(state, of_client[client_id])
 
-    return client_dp.noisy_mean(private, uploads, distribute, present, expected_clients=expected_clients, seed=seed)
+    return client_dp.noisy_mean(
+        safeguards.central,
+        uploads,
+        distribute,
+        present,
+        expected_clients=expected_clients,
+        seed=seed,
+        secret=safeguards.noise_key,
+    )
+
+
+def _trained(algorithm: Algorithm[State], state: State, plans: Sequence[Plan]) -> Tensors:
+    """Global values of what the method trains, whoever was sampled."""
+    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else StepKind()
+    present = client_dp.trained_by(algorithm.deploy(state).tensors, kind.patterns)
+    how = algorithm.averaging if isinstance(algorithm, Averages) else None
+    if plans and how is not None and how.same_names:
+        present = tensors.only(present, plans[0].trainable)
+    return present
+
+
+def _agreement(
+    algorithm: Algorithm[State],
+    state: State,
+    safeguards: Safeguards,
+    cohort: Sequence[ClientProfile],
+    plans: Sequence[Plan],
+    expected_clients: int,
+    seed: Sequence[int],
+) -> Agreement:
+    """What a round with secure aggregation sums, and the mean or the noisy mean that becomes of it."""
+    assert safeguards.secure is not None, "or nothing is agreed"
+    present, central = _trained(algorithm, state, plans), safeguards.central
+    by_examples = weighs_by_examples(algorithm)
+    most = max((client.num_examples for client in cohort), default=1) if by_examples else 1
+    if central is None:
+        present = tensors.only(present, frozenset().union(*(plan.trainable for plan in plans)))
+        how = algorithm.averaging if isinstance(algorithm, Averages) else None
+        outcome = secure_round.outcome(present, padded=how is not None and how.padded)
+        return Agreement(safeguards.secure, present, by_examples, most, outcome)
+
+    def noisy(sums: Sums) -> Upload:
+        return client_dp.released(
+            central,
+            sums.values,
+            present,
+            expected_clients=expected_clients,
+            seed=seed,
+            secret=safeguards.noise_key,
+        )
+
+    return Agreement(safeguards.secure, present, by_examples, most, noisy)
 
 
 def sample(
@@ -400,7 +558,7 @@ def _check_population(population: Sequence[ClientProfile], cohort_size: int | No
         raise ConfigError(problems)
 
 
-def _check_read(uploads: Ahead, results: RoundResults, algorithm: object) -> None:
+def _check_read(uploads: Ahead, results: RoundResults | SecureResults, algorithm: object) -> None:
     if uploads.any():
         raise PlanError(
             f"{type(algorithm).__name__}.aggregate must read every upload, got to {len(results.records)} and stopped; "

@@ -4,19 +4,30 @@ Order within a round: line, checkpoint, adapters. A stop between them costs noth
 checkpoint, cuts the lines after it, writes the adapters again and goes on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Generic, Protocol, runtime_checkable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, cast, runtime_checkable
 
-from torch.utils.tensorboard import SummaryWriter
-
+from fedpilot import margins, trackers
 from fedpilot.record import Kept, RunDirectory, strict
-from fedpilot.rounds import Evaluate, Observer, RoundRecord, generator, run_rounds
+from fedpilot.rounds import (
+    Evaluate,
+    Explains,
+    Observer,
+    RoundRecord,
+    ServerSite,
+    check_server,
+    first_state,
+    generator,
+    measured,
+    run_rounds,
+)
 from fedpilot.safeguards import NONE, Safeguards
 from fedpilot.screening import recalled
-from fedpilot.stopping import Cadence, EarlyStop, Goal
-from fedpilot.types import Algorithm, ClientProfile, Deployment, Engine, State
+from fedpilot.stopping import Cadence, EarlyStop, Goal, Halted
+from fedpilot.trackers import Place, TrackerName
+from fedpilot.types import Algorithm, ClientProfile, Deployment, Engine, RefinesOnServer, State
 
 EVERY_ROUND = Cadence()
 
@@ -68,6 +79,9 @@ def train(
     cadence: Cadence = EVERY_ROUND,
     measure_aggregation: bool = False,
     safeguards: Safeguards = NONE,
+    server: ServerSite | None = None,
+    tracked_by: Sequence[TrackerName] = ("tensorboard",),
+    halt: Callable[[], bool] = lambda: False,
 ) -> Outcome[State]:
     """Runs the rounds that the directory does not hold yet, and records them.
 
@@ -89,15 +103,20 @@ def train(
         cadence: Which rounds are evaluated.
         measure_aggregation: Whether to record each round's ``aggregation_error``.
         safeguards: Screening, a robust rule, privacy of clients, whose budget may end the run early.
+        server: The server's site in a round, for methods that train there.
+        tracked_by: Where the curves go besides the record.
+        halt: Whether to end after the round, although the run is not over.
 
     Raises:
+        Halted: The run was asked to end; all rounds so far can be gone on from.
         RecordError: The directory cannot be resumed or written.
         ConfigError: A goal's metric is not among those of the evaluation.
-        PlanError: A safeguard cannot serve the method, or allows no round.
+        PlanError: A safeguard cannot serve the method, or allows no round; or the method lacks a server's site.
     """
     safeguards.check(algorithm)
+    check_server(algorithm, server)
     planned, num_rounds = num_rounds, safeguards.last_round(num_rounds, population, cohort_size)
-    state, done = _begin(algorithm, engine, evaluate, directory, observer)
+    state, done = _begin(algorithm, engine, evaluate, directory, observer, server)
     history = directory.history()
     _save_adapters(directory, algorithm.deploy(state), done, history, best)
     stopped = early_stop is not None and early_stop.due(history)
@@ -118,19 +137,26 @@ def train(
         measure_aggregation=measure_aggregation,
         safeguards=safeguards,
         norms=recalled(directory.lines()) if safeguards.screening.on else (),
+        known=margins.recalled(directory.lines()),
+        server=server,
     )
-    with _curves(directory, done) as writer:
+    with trackers.opened(tracked_by, _place(directory, done)) as write:
+        if done == 0:
+            write(0, {f"evaluation/{name}": value for name, value in history[0].items()})
         for state, record in rounds:
             done = record.round
             directory.append(record)
-            _write_curves(writer, record)
+            write(done, _curves(record))
             history.append(dict(record.metrics))
             stopped = early_stop is not None and early_stop.due(history)
-            if stopped or done == num_rounds or done % checkpoint_every == 0:
+            halted = not stopped and done < num_rounds and halt()
+            if stopped or halted or done == num_rounds or done % checkpoint_every == 0:
                 _save_checkpoint(directory, done, state, engine)
             _save_adapters(directory, algorithm.deploy(state), done, history, best)
             if stopped:
                 break
+            if halted:
+                raise Halted
     return Outcome(state, done, done < planned)
 
 
@@ -140,6 +166,7 @@ def _begin(
     evaluate: Evaluate,
     directory: RunDirectory,
     observer: Observer | None,
+    server: ServerSite | None,
 ) -> tuple[State, int]:
     """State and round to go on from: the newest checkpoint, or a fresh start with round 0 on record."""
     state = algorithm.init(generator(directory.seed, 0))
@@ -152,7 +179,14 @@ def _begin(
             engine.rewind(found.round)
         return found.state, found.round
     directory.rewind(-1)
-    record = RoundRecord(round=0, metrics=dict(evaluate(algorithm.deploy(state))))
+    record = RoundRecord(round=0)
+    if isinstance(algorithm, RefinesOnServer):  # round 0 then has what the preparation took and came to
+        start = time.perf_counter()
+        state = first_state(algorithm, directory.seed, server)
+        facts = algorithm.explain(state) if isinstance(algorithm, Explains) else {}
+        took = time.perf_counter() - start
+        record = replace(record, facts=dict(facts), seconds={"refine": took, "total": took})
+    record = replace(record, metrics=measured(algorithm, state, evaluate))
     directory.append(record)
     if isinstance(engine, KeepsOutside):
         engine.rewind(0)
@@ -181,17 +215,13 @@ def _save_adapters(
         directory.save_adapter("best", deployment, facts)
 
 
-@contextmanager
-def _curves(directory: RunDirectory, done: int) -> Iterator[SummaryWriter]:
-    """TensorBoard's writer; events of rounds after the checkpoint are purged."""
-    writer = SummaryWriter(str(directory.path / "tensorboard"), purge_step=done + 1)
-    try:
-        yield writer
-    finally:
-        writer.close()
+def _place(directory: RunDirectory, done: int) -> Place:
+    known = directory.manifest
+    return Place(directory.path, str(known["run_id"]), cast(Mapping[str, object], known["config"]), done)
 
 
-def _write_curves(writer: SummaryWriter, record: RoundRecord) -> None:
+def _curves(record: RoundRecord) -> dict[str, float]:
+    """Name -> value of the round's curves."""
     examples = sum(upload.num_examples for upload in record.uploads if "loss" in upload.metrics)
     losses = [upload.num_examples * upload.metrics["loss"] for upload in record.uploads if "loss" in upload.metrics]
     curves = {f"evaluation/{name}": value for name, value in record.metrics.items()}
@@ -202,6 +232,4 @@ def _write_curves(writer: SummaryWriter, record: RoundRecord) -> None:
     curves |= {"clients/left_out": len(record.left_out)}
     if examples:
         curves["training/loss"] = sum(losses) / examples
-    for name, value in curves.items():
-        writer.add_scalar(name, value, record.round)
-    writer.flush()
+    return curves

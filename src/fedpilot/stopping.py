@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from fedpilot.errors import ConfigError
 
 
+class Halted(Exception):  # noqa: N818 - it is no error
+    """A run ended after a round because it was asked to; it can be gone on with."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """A metric of the evaluation and the direction that is better.

@@ -6,7 +6,7 @@ arrow carries one of the frozen values below. Shapes are written in words: ``(ra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class ModelSpec:
         scale: Factor on ``B @ A``, that is alpha / rank, equal for every module.
         head: Initial values of the dense tensors that every client trains in full (a classifier's weight and bias);
             empty for a language model.
+        width: Entries of a hidden state; 0 where nobody asks.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -36,6 +37,7 @@ class ModelSpec:
     num_blocks: int
     scale: float
     head: Tensors = field(default_factory=dict)
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class ClientProfile:
         deadline_s: Seconds that its local update may take; ``None`` for no deadline.
         flops_per_second: Speed that predicted seconds are computed with; ``None`` where no deadline is given.
         name: What people call it.
+        margin: What its budget was divided by because it ran out of memory before; see `margins`.
     """
 
     client_id: int
@@ -59,6 +62,28 @@ class ClientProfile:
     deadline_s: float | None = None
     flops_per_second: float | None = None
     name: str = ""
+    margin: float = 1.0
+
+
+@runtime_checkable
+class Attachment(Protocol):
+    """Modules hooked onto the base model instead of LoRA pairs, as a frozen dataclass of their hyper-parameters.
+
+    The model installs what a task's plan or a deployment names, and takes it off again for the next that names none.
+    """
+
+    @property
+    def columns(self) -> Mapping[str, tuple[int, ...]]:
+        """Columns of a batch that it reads and the base model does not: name -> shape of an example's entry."""
+
+    def shapes(self, spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of each of its tensors; ``<module>.<kind>`` where it belongs to a module."""
+
+    def replaces(self, spec: ModelSpec) -> frozenset[str]:
+        """Names of the head's tensors that it has its own of; a task and a deployment then lack these."""
+
+    def init(self, spec: ModelSpec, rng: np.random.Generator) -> Tensors:
+        """First values of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,8 @@ class Plan:
         values: Block -> the value that the allocation maximised; recorded, so that a choice can be explained.
         peak_bytes: Predicted peak of the local update.
         seconds: Predicted seconds of the local update, where a speed is known.
+        attachment: What is hooked onto the base model beside pairs; ``None`` for nothing.
+        sends: Name -> shape of each float32 tensor that comes back beside the trained ones.
     """
 
     client_id: int
@@ -88,6 +115,8 @@ class Plan:
     values: Mapping[int, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     seconds: float | None = None
+    attachment: Attachment | None = None
+    sends: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,17 +182,21 @@ class Task:
         tensors: All tensors that it starts from, drawn ones included.
         base_delta: Changes of frozen weights that it applies first.
         fresh: Which of the tensors it draws itself; ``None`` where all of them travel.
+        extra: Tensors that are not the model's, such as what other clients know of the classes.
+        exchange: Of the round: 1, or 2 for what `Exchanges.mid_round` sends.
     """
 
     plan: Plan
     tensors: Tensors
     base_delta: BaseDelta = field(default_factory=BaseDelta)
     fresh: Fresh | None = None
+    extra: Tensors = field(default_factory=dict)
+    exchange: int = 1
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What comes back: exactly the tensors that the plan trains, and numbers about the local update."""
+    """What comes back: exactly the tensors that the plan trains or sends, and numbers about the local update."""
 
     client_id: int
     num_examples: int
@@ -184,11 +217,25 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class OutOfMemory(Failure):
+    """A client whose plan fitted its budget and not its memory."""
+
+
+@dataclass(frozen=True)
 class Deployment:
-    """What is evaluated, saved and exported."""
+    """What is evaluated, saved and exported.
+
+    Attributes:
+        tensors: Pairs, head, and what the attachment has.
+        base_delta: Change of the frozen weights.
+        blocks: Blocks that run; ``None`` means all.
+        attachment: What is hooked onto the base model beside pairs.
+    """
 
     tensors: Tensors
     base_delta: BaseDelta = field(default_factory=BaseDelta)
+    blocks: tuple[int, ...] | None = None
+    attachment: Attachment | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +267,75 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Condensation:
+    """FedAF: how a client condenses its examples into few synthetic ones; the model is frozen meanwhile.
+
+    Attributes:
+        space: Where synthetic items live: ``hidden``, the states that enter block ``depth``; or ``pixels``.
+        depth: The block; 0 is what the embeddings give. Must be 0 for ``pixels``.
+        rank: Of the pairs, which only blocks from ``depth`` on have: below nothing would be trained.
+        length: Positions of a synthetic text; images have as many as the model gives them.
+        ipc: Items per class.
+        iterations: Steps on the items.
+        lr: Step of Adam on them, in units of their standard deviation at the start.
+        lam_loc: λ_loc, weight of the peers' knowledge.
+        projections: Directions of the sliced Wasserstein distance.
+        tau: τ of the soft labels.
+        start: What items start from: the ``average`` of local examples of the class, or ``noise``.
+        mix: Examples of an average, at most; never fewer than two.
+        jitter: Noise on the average, in units of the averages' standard deviation.
+        min_examples: A class with fewer of them counts as absent; at least two.
+    """
+
+    space: Literal["hidden", "pixels"] = "hidden"
+    depth: int = 0
+    rank: int = 8
+    length: int = 16
+    ipc: int = 10
+    iterations: int = 100
+    lr: float = 0.05
+    lam_loc: float = 0.8
+    projections: int = 64
+    tau: float = 2.0
+    start: Literal["average", "noise"] = "average"
+    mix: int = 8
+    jitter: float = 0.1
+    min_examples: int = 2
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """What a client condensed.
+
+    Attributes:
+        items: (items, ...) class by class, equally many of each.
+        labels: (items,) their classes, float32 so that they travel beside the rest.
+        soft_labels: (classes, classes of the model) mean softened prediction on the real examples of each class.
+        metrics: Numbers about it, for people.
+    """
+
+    items: torch.Tensor
+    labels: torch.Tensor
+    soft_labels: torch.Tensor
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """FedAF: how the server trains on condensed items.
+
+    Attributes:
+        steps: Optimiser steps.
+        lam_glob: λ_glob, weight of the divergence from the soft labels.
+        tau: τ of the predictions that are held against them.
+    """
+
+    steps: int
+    lam_glob: float
+    tau: float
+
+
+@dataclass(frozen=True)
 class StepKind:
     """What an optimiser step of a method is like where it is not plain LoRA's; the memory profile traces this kind.
 
@@ -228,11 +344,15 @@ class StepKind:
             weights.
         private: Clipping by example, which keeps a gradient for each.
         projection: For whole weights.
+        attachment: What is trained instead of pairs; the profile then knows `attachments.suffix_plan` and no other.
+        condensation: Of a client that trains nothing and optimises synthetic items.
     """
 
     patterns: tuple[str, ...] = ("AB",)
     private: ExampleDP | None = None
     projection: Projection | None = None
+    attachment: Attachment | None = None
+    condensation: Condensation | None = None
 
 
 class Model(Protocol):
@@ -273,6 +393,71 @@ class Model(Protocol):
 
     def read(self) -> Tensors:
         """Copies of all loaded tensors, head included."""
+
+
+@runtime_checkable
+class AlignsEmulator(Model, Protocol):
+    """A server's model that can bring an emulator closer to the blocks it stands for (FedBiOT)."""
+
+    def align(
+        self, trainable: frozenset[str], *, emulated: int, num_steps: int, lam: float, layerwise: bool = False
+    ) -> Mapping[str, float]:
+        """Trains the named tensors of the loaded, shallow model towards the whole one; see `alignment`.
+
+        Args:
+            trainable: Names, of pairs in the emulator.
+            emulated: Blocks, from 0, that the emulator stands for; those above are the same in both models.
+            num_steps: Optimiser steps.
+            lam: λ, weight of the divergence between the outputs.
+            layerwise: Whether the hidden states after each kept block count, not the last alone.
+
+        Returns:
+            ``distance_before`` and ``distance``, relative squared distances of the hidden states on examples that it
+            does not train on, ``loss`` and ``steps``.
+        """
+
+
+@runtime_checkable
+class Condenses(Model, Protocol):
+    """A client's model that can condense its examples, and a server's that trains on what came of it (FedAF)."""
+
+    @property
+    def seed(self) -> int:
+        """Of what the client draws in this round; the same in both exchanges."""
+
+    def class_means(self, how: Condensation) -> Tensors:
+        """``logits`` (classes, classes), mean by class of the loaded model's; ``present`` (classes,), 0 or 1."""
+
+    def condense(self, how: Condensation, peers: torch.Tensor) -> Condensed:
+        """Synthetic items of each class that is present.
+
+        Args:
+            how: Settings.
+            peers: (present classes, classes) mean logits that the cohort has for them.
+
+        Raises:
+            TrainingError: No class has enough examples, or an item is not finite.
+        """
+
+    def fit_items(
+        self,
+        trainable: frozenset[str],
+        items: torch.Tensor,
+        labels: torch.Tensor,
+        soft_labels: torch.Tensor,
+        how: Condensation,
+        matching: Matching,
+    ) -> Mapping[str, float]:
+        """Trains the named tensors on condensed items; returns ``loss``, ``matching`` and ``steps``.
+
+        Args:
+            trainable: Names.
+            items: (items, ...).
+            labels: (items,) int64.
+            soft_labels: (classes, classes) what the clients predict for each class; zeros where nobody said.
+            how: Where the items live.
+            matching: Settings.
+        """
 
 
 @dataclass
@@ -346,12 +531,14 @@ class Averaging:
         same_names: Whether every client sends the same tensors.
         tensors_only: Whether nothing else that clients send or were measured to be changes state or plans: no scores,
             ranks or counts of steps.
+        padded: Whether a slot of a pair that a client lacks counts as a zero of its weight.
     """
 
     uniform: bool
     same_shapes: bool = True
     same_names: bool = True
     tensors_only: bool = True
+    padded: bool = False
 
 
 @runtime_checkable
@@ -363,18 +550,60 @@ class Averages(Protocol):
         """How; ``None`` where the options make it something else."""
 
 
+@runtime_checkable
 class RefinesOnServer(Protocol[State]):
     """An algorithm whose server trains too (FedAF, FedBiOT)."""
 
+    def prepare(self, state: State, server: Site) -> State:
+        """Called once, before the first round."""
+
     def refine(self, state: State, server: Site) -> State:
-        """Called after ``aggregate``."""
+        """Called after ``aggregate``; the site's generator is that of the round."""
 
 
+@runtime_checkable
+class UsesPublicData(Protocol):
+    """An algorithm whose server may train on data of its own, which the recipe's ``[server]`` then has to name."""
+
+    @property
+    def uses_public_data(self) -> bool:
+        """Whether it does, with these options."""
+
+
+@runtime_checkable
 class Exchanges(Protocol[State_contra]):
     """An algorithm with a second exchange inside the round (FedAF)."""
 
-    def mid_round(self, state: State_contra, messages: Sequence[Upload]) -> Sequence[Task]:
-        """Tasks of the second exchange."""
+    def mid_round(self, state: State_contra, plans: Mapping[int, Plan], messages: Sequence[Upload]) -> Sequence[Task]:
+        """Tasks of the second exchange; what is answered goes to ``aggregate``.
+
+        Args:
+            state: Before the round.
+            plans: Client -> its plan of the first exchange; the second may need no more memory.
+            messages: What came; there is at least one. Only these clients may be asked again.
+        """
+
+
+@runtime_checkable
+class DeploysMore(Protocol[State_contra]):
+    """An algorithm with further forms of its outcome that are worth evaluating (FedBiOT's emulator)."""
+
+    def deploy_more(self, state: State_contra) -> Mapping[str, Deployment]:
+        """Prefix of the metrics' names -> deployment; evaluated beside ``deploy``'s."""
+
+
+@runtime_checkable
+class Personalises(Protocol):
+    """An algorithm whose outcome is a model of its own for each client (RecLoRA)."""
+
+    def personal(self, deployment: Deployment, side: Tensors) -> Deployment:
+        """A client's own model, as plain pairs where the method can say it so; it reads no further columns.
+
+        Args:
+            deployment: What the run deploys.
+            side: The attachment's columns of the client's own examples, (examples, ...) each; empty for a client of
+                whom nothing is known.
+        """
 
 
 class Engine(Protocol):

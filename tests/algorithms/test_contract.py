@@ -13,11 +13,14 @@ import torch
 from examples.your_algorithm import ClippedFedIT
 from tests import toy
 
-from fedpilot import base_deltas, checkpoint, lora, memory, rounds, tensors
+from fedpilot import attachments, base_deltas, checkpoint, lora, memory, planning, rounds, tensors
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.algorithms.fed_hello import FedHello
 from fedpilot.algorithms.fed_pilot import FedPilot
+from fedpilot.algorithms.fedaf import RESAMPLED, FedAF
+from fedpilot.algorithms.fedbiot import FedBiOT
 from fedpilot.algorithms.fedex_lora import FedExLoRA
+from fedpilot.algorithms.fedins import FedIns
 from fedpilot.algorithms.fedit import FedIT
 from fedpilot.algorithms.fedra import FedRA
 from fedpilot.algorithms.ffa_lora import FFALoRA
@@ -26,12 +29,14 @@ from fedpilot.algorithms.flora import FLoRA
 from fedpilot.algorithms.galore import GaLore
 from fedpilot.algorithms.hetlora import HetLoRA
 from fedpilot.algorithms.lora_fair import LoRAFair
+from fedpilot.algorithms.reclora import RecLoRA
 from fedpilot.algorithms.xgblora import XGBLoRA
 from fedpilot.errors import TrainingError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import (
     Algorithm,
     ClientProfile,
+    Exchanges,
     Failure,
     ModelSpec,
     Plan,
@@ -79,6 +84,23 @@ def hello(allocation: Any) -> Row:
 def galore(**options: Any) -> Row:
     kind = StepKind(("W",), projection=Projection(options["rank"], 200, 0.25))  # the gap does not show in a profile
     return Row(lambda s, p: GaLore(s, p, **options), kind=kind)
+
+
+def fedaf(**options: Any) -> Row:
+    """FedAF uploads no adapter: what comes back is what its plans send, in two exchanges a round."""
+    made = partial(FedAF, rank=RANK, ipc=4, iterations=2, server_steps=2, mix=3, **options)
+    return Row(lambda s, p: made(s, p), kind=made(SPEC, None).step_kind)  # type: ignore[arg-type]
+
+
+def fedins(**options: Any) -> Row:
+    """FedIns holds a pool and no pairs."""
+    return Row(lambda s, p: FedIns(s, p, **options), kind=FedIns(SPEC, None, **options).step_kind)  # type: ignore[arg-type]
+
+
+def reclora(**options: Any) -> Row:
+    """RecLoRA holds a bank and its gates, and no pairs; the toy model seeds no dropout."""
+    options = {"N": 3, "rank": 2, "hidden": 5, "dropout": 0.0, "user_width": 4, **options}
+    return Row(lambda s, p: RecLoRA(s, p, **options), kind=RecLoRA(SPEC, None, **options).step_kind)  # type: ignore[arg-type]
 
 
 TABLE = {
@@ -135,8 +157,19 @@ TABLE = {
         lambda s, p: FedRA(s, p, rank=RANK),
         lambda s, p: FedRA(s, p, rank=RANK, weights="examples"),
     ),
+    "fedbiot": Row(lambda s, p: FedBiOT(s, p, rank=RANK, adapter_blocks=1, pre_steps=2, align_steps=1)),
+    "fedbiot-two-blocks": Row(
+        lambda s, p: FedBiOT(s, p, rank=RANK, beta=0.0, pre_steps=0, align_steps=2, layerwise=True, weights="uniform")
+    ),
     "galore": galore(rank=2, participation="exclusive"),
     "galore-suffix": galore(rank=RANK, gap=2, participation="suffix", weights="examples"),
+    "fedins": fedins(size=5, top_k=2, weights="examples"),
+    "fedins-lora": fedins(size=3, top_k=1, pool="lora", rank=2),
+    "fedaf": fedaf(),
+    "fedaf-deep": fedaf(depth=1, gamma=0.5, start="noise", rounds_kept=2),
+    "reclora": reclora(participation="suffix"),
+    "reclora-factor": reclora(participation="exclusive", mix="factor", weights="uniform"),
+    "reclora-even": reclora(participation="suffix", gate="none"),
     "your-algorithm": Row(lambda s, p: ClippedFedIT(s, p, rank=RANK)),
 }
 
@@ -144,6 +177,13 @@ TABLE = {
 @cache
 def traced(kind: StepKind) -> MemoryProfile:
     program = partial(toy.program, kind=kind)
+    if (how := kind.condensation) is not None:
+        whole = planning.frozen_from(SPEC, 0, how.rank, how.depth)
+        plans = [replace(whole, micro_batch=size) for size in (None, 4, 2)]
+        shape = (toy.WIDTH,)
+        return memory.trace_plans(program, SPEC, plans, batch=8, sizes=(8, 4, 2), item_shape=shape, rehearsed=2)
+    if kind.attachment is not None:
+        return memory.trace_attached(program, SPEC, kind.attachment, batch=8)
     return memory.trace(program, SPEC, batch=8, patterns=kind.patterns, checkpointing=False)
 
 
@@ -155,7 +195,12 @@ def profile(request: pytest.FixtureRequest, profile: MemoryProfile) -> MemoryPro
 
 
 def budgets(profile: MemoryProfile) -> tuple[int, int, int]:
-    """A budget for the last block alone, one for the last two, one for all."""
+    """A budget for the last block alone, one for the last two, one for all; or for pieces of 2, 4 and 8 items."""
+    if profile.item_shape:
+        return tuple(sorted(whole.peak for whole in profile.plans.values()))  # type: ignore[return-value]
+    if profile.plans:  # of an attachment: the suffixes
+        peaks = sorted((whole.peak for whole in profile.plans.values()), reverse=True)
+        return peaks[2], peaks[1], peaks[0]
     peaks = [memory.peak_bytes(profile, plan_from(profile, block)) for block in range(SPEC.num_blocks)]
     return peaks[2], peaks[1], peaks[0]
 
@@ -189,7 +234,9 @@ class Engine:
             if client_id == self.failing:
                 yield Failure(client_id, str(TrainingError("made to fail")))
                 continue
+            kept = self.sites[client_id].kept if task.exchange == 2 else {}
             self.sites[client_id] = toy.site(self.clients[client_id])
+            self.sites[client_id].kept = kept
             upload = self.algorithm.local_update(task, self.sites[client_id])
             self.tasks.append(task)
             self.uploads.append(upload)
@@ -205,10 +252,26 @@ def run(
     engine = Engine(algorithm, clients, failing)
     states_and_records = list(
         rounds.run_rounds(
-            algorithm, engine, clients, lambda d: {"loss": 0.0}, num_rounds=num_rounds, seed=seed, cohort_size=4
+            algorithm,
+            engine,
+            clients,
+            lambda d: {"loss": 0.0},
+            num_rounds=num_rounds,
+            seed=seed,
+            cohort_size=4,
+            server=toy.server,
         )
     )
     return states_and_records[-1][0], [record for _, record in states_and_records], engine
+
+
+def exchanged(algorithm: Algorithm[Any], state: Any, engine: Engine, plans: Sequence[Plan]) -> Iterator[Any]:
+    """What comes back of a round, after as many exchanges as the method has."""
+    results = engine.exchange(1, (algorithm.distribute(state, plan) for plan in plans))
+    if not isinstance(algorithm, Exchanges):
+        return results
+    tasks = algorithm.mid_round(state, {plan.client_id: plan for plan in plans}, list(results))  # type: ignore[arg-type]
+    return engine.exchange(1, (replace(task, exchange=2) for task in tasks))
 
 
 def flat(value: Any, path: str = "state") -> dict[str, torch.Tensor]:
@@ -263,14 +326,17 @@ def test_an_upload_holds_exactly_what_the_plan_trains(row: Row, profile: MemoryP
     _, _, engine = run(row, profile)
     assert engine.uploads
     for task, upload in zip(engine.tasks, engine.uploads, strict=True):
-        assert {trained_name(name) for name in upload.tensors} == task.plan.trainable
+        assert {trained_name(name) for name in upload.tensors} == task.plan.trainable | task.plan.sends.keys()
+        for name, shape in task.plan.sends.items():
+            assert (tuple(upload.tensors[name].shape), upload.tensors[name].dtype) == (shape, torch.float32)
 
 
 @every_row
 def test_distributed_shapes_match_the_planned_ranks(row: Row, profile: MemoryProfile) -> None:
     _, _, engine = run(row, profile)
     for task in engine.tasks:
-        expected = lora.shapes(SPEC, task.plan.ranks)
+        # In a second exchange the client has the model already.
+        expected = attachments.shapes(SPEC, task.plan.ranks, task.plan.attachment) if task.exchange == 1 else {}
         assert {name: tuple(tensor.shape) for name, tensor in task.tensors.items()} == expected
 
 
@@ -312,7 +378,8 @@ def test_what_a_plan_does_not_train_is_bit_identical_on_the_client(row: Row, pro
             algorithm.local_update(task, site)
             after = site.model.read()
             frozen = [name for name in task.tensors if name not in plan.trainable]
-            assert all(torch.equal(after[name], task.tensors[name]) for name in frozen)
+            begun = site.kept.get(RESAMPLED, task.tensors)  # FedAF's clients mix a fresh draw in before they begin
+            assert all(torch.equal(after[name], begun[name]) for name in frozen)
 
 
 @every_row
@@ -350,7 +417,7 @@ def test_a_state_is_never_edited(row: Row, profile: MemoryProfile) -> None:
             {f.name: getattr(state, f.name) for f in dataclasses.fields(state)},
         )
         plans = [p for p in algorithm.plan(state, clients, np.random.default_rng(1)) if isinstance(p, Plan)]
-        new = algorithm.aggregate(state, engine.exchange(1, (algorithm.distribute(state, p) for p in plans)))  # type: ignore[arg-type]
+        new = algorithm.aggregate(state, exchanged(algorithm, state, engine, plans))
         assert tensors.digest(flat(state)) == before
         assert all(getattr(state, name) is value for name, value in fields.items())
         state = new
@@ -405,6 +472,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(
         cohort_size=4,
         first_round=3,
         state=again,
+        server=toy.server,
     )
     assert tensors.digest(flat(state)) == tensors.digest(flat(whole))
 
@@ -413,6 +481,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(
 def test_an_upload_of_the_global_adapter_changes_nothing(row: Row, profile: MemoryProfile) -> None:
     """Fixed point: clients that learnt nothing leave the adapter where it is, whoever held which slot."""
     algorithm = row.make(SPEC, profile)
+    if isinstance(algorithm, Exchanges):
+        return  # there is no upload of an adapter
     clients = population(profile)
     state = algorithm.init(np.random.default_rng(0))
     if hasattr(state, "adapter"):  # else every round starts from fresh pairs

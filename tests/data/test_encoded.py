@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,13 @@ def test_a_batch_size_of_zero_is_refused() -> None:
 def test_the_report_counts() -> None:
     data = dataset_of([2, 3, 1])
     assert str(data.report) == "3 examples, 2.0 tokens on average and 3 at most; 0 truncated (0.0%)"
+
+
+def test_side_columns_follow_their_examples_through_subsets_and_orders() -> None:
+    """Example k's column says k, as its tokens do."""
+    column = torch.arange(1, 9).float().unsqueeze(1) * torch.ones(8, 3)
+    data = replace(dataset_of([3, 1, 4, 1, 5, 9, 2, 6]), side={"user_vector": column})
+    chosen = data.subset([6, 1, 4, 3])
+    for batch in [*chosen.batches(3, torch.Generator().manual_seed(0)), *chosen.batches(4)]:
+        assert batch["user_vector"].shape == (len(batch["labels"]), 3)
+        assert batch["user_vector"][:, 0].tolist() == batch["input_ids"][:, 0].float().tolist()

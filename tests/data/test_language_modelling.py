@@ -53,3 +53,24 @@ def test_a_single_token_an_example_is_not_taken_for_a_class() -> None:
     tokenizer.eos_token_id = None
     (batch,) = encode_lm(rows("a", "b"), tokenizer).batches(2)
     assert batch["labels"].tolist() == [[A], [B]]
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_the_only_token_asked_for_and_nothing_follows_it() -> None:
+    data = encode_lm(rows("c", "d", prompts=("a b", "a")), Words(), prompt_template="{prompt} ", answers=("d", "c"))
+    (batch,) = data.batches(2)
+    assert batch["input_ids"].tolist() == [[A, B, C], [A, D, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, C], [-100, D, -100]]
+    assert data.answers == (D, C)
+    assert data.subset([1]).answers == (D, C)
+
+
+def test_an_answer_of_two_tokens_is_refused_and_so_is_a_text_that_is_none() -> None:
+    with pytest.raises(DataError, match="must be one token each and differ, got a b"):
+        encode_lm(rows("c"), Words(), answers=("a b", "c"))
+    with pytest.raises(DataError, match="must be one token each and differ, got c, c"):
+        encode_lm(rows("c"), Words(), answers=("c", "c"))
+    with pytest.raises(DataError, match=r"must be an answer \(a, b\), got 'c'"):
+        encode_lm(rows("a", "c"), Words(), answers=("a", "b"))

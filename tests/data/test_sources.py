@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedpilot.data import DataSettings, Table, load
+from fedpilot.data import DataSettings, Table, load, load_inputs
+from fedpilot.data.files import read_file
 from fedpilot.data.sampling import spread, strata
 from fedpilot.data.tables import Rows
 from fedpilot.errors import DataError
@@ -154,6 +155,27 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.xlsx").write_bytes(b"")
     with pytest.raises(DataError, match=r"must end in \.csv, \.tsv, \.jsonl, \.parquet, got data\.xlsx"):
         load(DataSettings(str(tmp_path / "data.xlsx")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"text;label\nfine;good\n", "must have commas between its columns, got ';'; save it with commas"),
+        (b"text\tlabel\nfine\tgood\n", "name it .tsv"),
+        (b"PK\x03\x04\x14\x00", "must be text, got a spreadsheet or an archive; save the sheet as .csv"),
+    ],
+)
+def test_a_table_that_a_spreadsheet_saved_otherwise_says_how_to_save_it(
+    text: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data.csv").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        read_file(tmp_path / "data.csv")
+
+
+def test_columns_stand_in_the_order_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("zeta,alpha,mu,beta\n1,2,3,4\n")
+    assert list(read_file(tmp_path / "data.csv")) == ["zeta", "alpha", "mu", "beta"]
 
 
 def test_a_missing_column_lists_those_that_are_there(tmp_path: Path) -> None:
@@ -349,6 +371,33 @@ def test_every_class_keeps_a_training_row_when_most_are_held_out(tmp_path: Path)
     path = write_csv(tmp_path / "data.csv", cells(20))
     table = load(DataSettings(path, test=path, validation_fraction=0.85))
     assert set(table.train.labels.tolist()) == {0, 1}
+
+
+def test_public_rows_come_from_the_training_rows_after_the_validation_rows(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "data.csv", cells(80))
+    whole = load(DataSettings(path, test_fraction=0.25, validation_fraction=0.2))
+    table = load(DataSettings(path, test_fraction=0.25, validation_fraction=0.2, public_fraction=0.25))
+    assert whole.public is None
+    assert whole.validation is not None
+    assert table.public is not None
+    assert table.validation is not None
+    assert (len(table.train), len(table.public)) == (36, 12)
+    assert sorted([*table.train.texts, *table.public.texts]) == sorted(whole.train.texts)
+    assert list(table.validation.texts) == list(whole.validation.texts)
+    assert list(table.test.texts) == list(whole.test.texts)
+    assert np.bincount(table.public.labels).tolist() == [9, 3]
+
+
+def test_inputs_are_read_whether_a_source_has_classes_or_not(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "public.csv", [[f"line {k}"] for k in range(9)], ["words"])
+    rows = load_inputs(DataSettings(path, text="words"))
+    assert list(rows.texts) == [f"line {k}" for k in range(9)]
+    assert rows.labels.tolist() == [0] * 9
+    some = load_inputs(DataSettings(path, text="words", limit=4))
+    assert len(some) == 4
+    assert set(some.texts) < set(rows.texts)
+    with pytest.raises(DataError, match="must have a column 'text', got the columns words"):
+        load_inputs(DataSettings(path))
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])

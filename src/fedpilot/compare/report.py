@@ -1,6 +1,7 @@
 """A comparison on paper: tables on the screen and in Markdown, everything in JSON, and plots."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from fedpilot.display import clock, counted, size
 from fedpilot.record import RunDirectory, strict
 from fedpilot.report import plots
 from fedpilot.stopping import Goal
+
+logger = logging.getLogger(__name__)
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 
@@ -268,7 +271,10 @@ def write(report: Report) -> list[Path]:
 def draw(report: Report) -> list[Path]:
     """The metric over rounds, bytes and predicted seconds, and who trained which blocks."""
     folder, metric = report.made.path, report.goal.metric
-    made = []
+    made: list[Path] = []
+    if not plots.available():
+        logger.warning(plots.ABSENT)
+        return made
     for axis in AXES:
         found = {method.name: band(method, axis) for method in report.methods}
         bands = {name: (one.x, one.y, one.sd) for name, one in found.items() if one is not None}

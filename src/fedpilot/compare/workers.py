@@ -13,17 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from fedpilot import jobs
+from fedpilot import interrupts, jobs
 from fedpilot.compare.study import Member
 from fedpilot.config.recipe import read_recipe
+from fedpilot.stopping import Halted
 
 POLL_S = 0.2
 GRACE_S = 10.0
 COMMAND = "compare-worker"
+HALTED = 75
+"""Exit code of a worker that ended after a round because it was asked to."""
 
 
 class Watcher(Protocol):
@@ -71,7 +74,13 @@ class _Running:
 
 
 def run_members(
-    members: Sequence[Member], *, workers: int, traces: Path, logs: Path, watcher: Watcher
+    members: Sequence[Member],
+    *,
+    workers: int,
+    traces: Path,
+    logs: Path,
+    watcher: Watcher,
+    halt: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """Runs what is not done; a run that fails does not stop the others.
 
@@ -81,16 +90,25 @@ def run_members(
         traces: Folder of memory profiles that they share.
         logs: Folder for what the processes say on standard error.
         watcher: Sees how they go.
+        halt: Whether runs are to end after their rounds, and no more to begin.
 
     Returns:
         Label -> what went wrong, for those that failed.
+
+    Raises:
+        Halted: They did.
     """
     waiting = [member for member in members if not member.done()]
     running: list[_Running] = []
     problems: dict[str, str] = {}
+    halted = False
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
+        while running or (waiting and not halted):
+            if halt() and not halted:
+                halted = True
+                for worker in running:
+                    worker.process.send_signal(signal.SIGINT)
+            while waiting and not halted and len(running) < workers:
                 running.append(_start(waiting.pop(0), traces, logs))
                 watcher.started(running[-1].member)
             time.sleep(POLL_S)
@@ -101,6 +119,9 @@ def run_members(
                 if code is not None:
                     running.remove(worker)
                     _close(worker)
+                    if halted and code != 0:  # it goes on next time, or fails again
+                        waiting.append(worker.member)
+                        continue
                     problem = None if code == 0 else _problem(worker, code)
                     if problem is not None:
                         problems[worker.member.label] = problem
@@ -108,6 +129,8 @@ def run_members(
             watcher.tick()
     finally:
         _stop(running)
+    if waiting:
+        raise Halted
     return problems
 
 
@@ -178,6 +201,11 @@ def work(begun: Callable[[Path], None]) -> None:
     Args:
         begun: Called with the run directory once it is there.
     """
+    with interrupts.after_the_round(b"") as halt:
+        _work(begun, halt)
+
+
+def _work(begun: Callable[[Path], None], halt: Callable[[], bool]) -> None:
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
     path, traces = Path(job["path"]), Path(job["traces"])
@@ -186,7 +214,12 @@ def work(begun: Callable[[Path], None]) -> None:
     else:
         made = jobs.start(read_recipe(job["recipe"], "recipe"), path, traces=traces)
     begun(made.path)
-    jobs.run(made, read_test=job["read_test"])
+    if halt():  # asked while it was getting ready
+        sys.exit(HALTED)
+    try:
+        jobs.run(replace(made, halt=halt), read_test=job["read_test"])
+    except Halted:
+        sys.exit(HALTED)
 
 
 def _die_with_parent() -> None:

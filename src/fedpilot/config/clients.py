@@ -19,10 +19,15 @@ class Clients:
         recipe: Training settings and seed.
         population: Data.
         adapted: The shared model.
+        noise_key: Secret of one client in one round, which all of its noise follows from; ``None`` for the recipe's
+            seed, from which anybody can work it out.
     """
 
-    def __init__(self, recipe: Recipe, population: Population, adapted: AdaptedModel) -> None:
+    def __init__(
+        self, recipe: Recipe, population: Population, adapted: AdaptedModel, *, noise_key: bytes | None = None
+    ) -> None:
         self._recipe, self._population, self._adapted = recipe, population, adapted
+        self._noise_key = noise_key
         self._measured: set[object] = set()
 
     def site(self, client_id: int, round: int) -> Site:
@@ -39,10 +44,11 @@ class Clients:
             seed=seed_of(self._recipe.run.seed, ORDER, client_id, round),
             subset_seed=seed_of(self._recipe.run.seed, SUBSET, client_id),
             measured=self._measured,
+            noise_key=self._noise_key,
         )
         private, release = self._recipe.safeguards.private, None
         if private is not None and private.kind == "local":
-            release = LocalNoise(private, (self._recipe.run.seed, client_id, round))
+            release = LocalNoise(private, (self._recipe.run.seed, client_id, round), self._noise_key)
         return Site(self._population.clients[client_id], model, release=release)
 
 

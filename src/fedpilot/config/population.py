@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from fedpilot import assets, data
+from fedpilot.config.clicks import ClickStage, click_stage
 from fedpilot.config.recipe import Recipe
 from fedpilot.data import EncodedDataset, Table
 from fedpilot.training import TrainingSettings
@@ -27,6 +28,8 @@ class Population:
         clients: Their profiles; client k is entry k.
         tiers: Tier of each client.
         validation: Examples held out of the training data for choosing settings; ``None`` where none were asked for.
+        public: Examples of the training data that the server holds; ``None`` where none were asked for.
+        clicks: The click model that gave the examples their user vectors; ``None`` where none was asked for.
     """
 
     table: Table
@@ -36,6 +39,8 @@ class Population:
     clients: tuple[ClientProfile, ...]
     tiers: tuple[str, ...]
     validation: EncodedDataset | None = None
+    public: EncodedDataset | None = None
+    clicks: ClickStage | None = None
 
     @cached_property
     def examples(self) -> tuple[EncodedDataset, ...]:
@@ -65,11 +70,15 @@ def load_population(recipe: Recipe) -> Population:
     table = data.load(data_settings(recipe))
     parts = data.partition(table.train, recipe.partition)
     names = data.client_names(table.train, recipe.partition)
-    sizes = {"max_length": recipe.model.max_length, "image_size": recipe.model.image_size}
-    named = {"training data": table.train, "test data": table.test, "validation data": table.validation}
-    train, test, validation = (
-        None if rows is None else data.encode(rows, task=recipe.model.task, model=source, name=name, **sizes)
-        for name, rows in named.items()
+    stage = click_stage(recipe)
+    named = {
+        "training data": table.train,
+        "test data": table.test,
+        "validation data": table.validation,
+        "public data": table.public,
+    }
+    train, test, validation, public = (
+        None if rows is None else _encoded(recipe, rows, source, name, stage) for name, rows in named.items()
     )
     assert train is not None, "every table has training rows"
     assert test is not None, "every table has test rows"
@@ -88,7 +97,21 @@ def load_population(recipe: Recipe) -> Population:
     )
     called = recipe.clients.tiers or tuple(f"tier {number}" for number in range(1, len(recipe.clients.memory) + 1))
     of_clients = tuple(called[tier] for tier in tiers)
-    return Population(table, train, test, tuple(parts), clients, of_clients, validation)
+    return Population(table, train, test, tuple(parts), clients, of_clients, validation, public, stage)
+
+
+def _encoded(recipe: Recipe, rows: data.Rows, source: str, name: str, stage: ClickStage | None) -> EncodedDataset:
+    """Rows as the model takes them, with each example's user vector where there is a click model."""
+    made = data.encode(
+        rows,
+        task=recipe.model.task,
+        model=source,
+        max_length=recipe.model.max_length,
+        image_size=recipe.model.image_size,
+        name=name,
+        answers=recipe.data.answers,
+    )
+    return made if stage is None else dataclasses.replace(made, side=stage.side(rows))
 
 
 def data_settings(recipe: Recipe) -> data.DataSettings:

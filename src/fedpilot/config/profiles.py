@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fedpilot import assets, memory, planning
+from fedpilot import memory, planning
 from fedpilot.config import schema, setup
+from fedpilot.config.hardware import source_of
 from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe
 from fedpilot.errors import ConfigError
@@ -57,11 +58,24 @@ def of_recipe(recipe: Recipe) -> Profile:
 def of_options(
     model: Mapping[str, object], training: Mapping[str, object], micro_batch: int | None, num_labels: int
 ) -> Profile:
-    """Of a model by name, folder or hub id, with inputs of full length.
+    """Of a model by name, folder, configuration or hub id, with inputs of full length.
 
     Raises:
         ConfigError: An option is wrong.
         ModelError: The model cannot be had.
+    """
+    with source_of(str(model["source"])) as source:
+        settings, step, labels = options(dict(model) | {"source": source}, training, micro_batch, num_labels)
+        return replace(profile(settings, step, labels, micro_batch), source=str(model["source"]))
+
+
+def options(
+    model: Mapping[str, object], training: Mapping[str, object], micro_batch: int | None, num_labels: int
+) -> tuple[ModelSettings, TrainingSettings, int | None]:
+    """The settings that options of the command line stand for.
+
+    Raises:
+        ConfigError: An option is wrong.
     """
     problems: list[str] = []
     made = (
@@ -70,10 +84,11 @@ def of_options(
     )
     if micro_batch is not None and made[1] is not None and made[1].batch_size % micro_batch:
         problems.append(f"--micro-batch must divide --batch {made[1].batch_size}, got {micro_batch}")
+    if made[0] is not None and made[0].image_size is not None and made[0].task != "image-classification":
+        problems.append(f"--image-size must be left out with --task {made[0].task}, got {made[0].image_size}")
     if problems or made[0] is None or made[1] is None:
         raise ConfigError(problems)
-    settings = replace(made[0], source=assets.resolve(made[0].source))
-    return profile(settings, made[1], None if settings.task == "causal-lm" else num_labels, micro_batch)
+    return made[0], made[1], None if made[0].task == "causal-lm" else num_labels
 
 
 def profile(
@@ -82,7 +97,8 @@ def profile(
     """Traces a step and puts its plans together."""
     sketch = build_model(settings, num_labels=num_labels, device="fake")
     words = _words(sketch, settings, training)  # before the traces, which leave adapters of their own in the model
-    micro_batches = () if micro_batch is None else (micro_batch,)
+    # Beside the whole batch: the optimiser is traced on the first, in one pass instead of many.
+    micro_batches = () if micro_batch is None else (training.batch_size, micro_batch)
     traced = setup.profile_of(sketch, training, checkpointing=True, micro_batches=micro_batches)
     everything = replace(planning.train_all(sketch.spec, 0, settings.rank), micro_batch=micro_batch)
     return Profile(

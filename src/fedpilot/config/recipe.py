@@ -14,6 +14,7 @@ from typing import Any
 
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.assets import ASSETS
+from fedpilot.click_model import ClickSettings
 from fedpilot.config import schema
 from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, Rule
 from fedpilot.config.sections import (
@@ -24,16 +25,20 @@ from fedpilot.config.sections import (
     MethodSettings,
     PrivacySettings,
     RunSettings,
+    ServerSettings,
 )
 from fedpilot.data.partition import PartitionSettings
+from fedpilot.data.recommendation import MOVIELENS, RecommendationSettings
 from fedpilot.data.tables import DataSettings
-from fedpilot.errors import ConfigError, FedpilotError, PlanError
+from fedpilot.errors import ConfigError, FedpilotError
 from fedpilot.model import ModelSettings
 from fedpilot.privacy.client_dp import ClientDP
+from fedpilot.privacy.secure_settings import SecureAggregation
 from fedpilot.robust import Robust
 from fedpilot.safeguards import Safeguards
 from fedpilot.screening import Screening
 from fedpilot.training import TrainingSettings
+from fedpilot.types import UsesPublicData
 
 Table = Mapping[str, object]
 
@@ -55,18 +60,23 @@ class Recipe:
     evaluation: EvaluationSettings
     defence: DefenceSettings = field(default_factory=DefenceSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    recommendation: RecommendationSettings | None = None
+    click_model: ClickSettings | None = None
     baseline: AlgorithmSettings | None = None
     methods: Mapping[str, MethodSettings] = field(default_factory=dict)
 
     @property
     def safeguards(self) -> Safeguards:
         """What stands between uploads and the aggregation."""
-        return _safeguards(self.defence, self.privacy)
+        return _safeguards(self.run, self.defence, self.privacy)
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> value, defaults included; what a manifest keeps."""
         sections = {
-            name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS if name not in ("algorithm", "baseline")
+            name: dataclasses.asdict(getattr(self, name))
+            for name in SECTIONS
+            if name not in ("algorithm", "baseline") and getattr(self, name) is not None
         }
         for key in FILLED["data"]:
             del sections["data"][key]
@@ -103,16 +113,23 @@ SECTIONS: Mapping[str, type[Any]] = {
     "evaluation": EvaluationSettings,
     "defence": DefenceSettings,
     "privacy": PrivacySettings,
+    "server": ServerSettings,
+    "recommendation": RecommendationSettings,
+    "click_model": ClickSettings,
 }
 """Section of a file -> its class."""
 
+OPTIONAL = frozenset({"baseline", "recommendation", "click_model"})
+"""Sections that mean nothing where the file has them not."""
+
 FILLED: Mapping[str, frozenset[str]] = {
-    "data": frozenset({"task", "labels"}),
-    "algorithm": frozenset({"spec", "profile", "budget_bytes", "num_rounds", "batch_size"}),
+    "data": frozenset({"task", "labels", "public_fraction", "recommendation"}),
+    "algorithm": frozenset({"spec", "profile", "budget_bytes", "num_rounds", "batch_size", "user_width"}),
 }
 """Section -> fields that follow from the rest of the recipe and are not in the file."""
 
-DATA_NAMES = ("optdigits", *sorted(name for name, asset in ASSETS.items() if asset.kind == "data"))
+_DERIVED = ("fashion-mnist-domains", "optdigits")  # not packages of their own
+DATA_NAMES = (*_DERIVED, *sorted(name for name, asset in ASSETS.items() if asset.kind == "data"))
 MODEL_NAMES = tuple(sorted(name for name, asset in ASSETS.items() if asset.kind == "model"))
 
 _RULES: Mapping[str, Rule] = {
@@ -176,7 +193,7 @@ def read_recipe(
     _anchor(sections, folder)
     for override in overrides:
         _override(override, sections, labels, problems, by)
-    known = {name: sections.get(name, {}) for name in SECTIONS if name in sections or name != "baseline"}
+    known = {name: sections.get(name, {}) for name in SECTIONS if name in sections or name not in OPTIONAL}
 
     def where(section: str, key: str) -> str:
         return f"{labels.get(f'{section}.{key.split()[0]}', file)}: {section}.{key}"
@@ -194,15 +211,19 @@ def read_recipe(
     if problems:
         raise ConfigError(problems)
     recipe = Recipe(**read, methods=methods)
-    task, evaluation = recipe.model.task, recipe.evaluation
+    task, evaluation, public = recipe.model.task, recipe.evaluation, recipe.server.fraction
     if evaluation.metric == "auto":
-        evaluation = dataclasses.replace(evaluation, metric=_metrics(task)[0])
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, task=task), evaluation=evaluation)
+        evaluation = dataclasses.replace(evaluation, metric=_metrics(task, recipe.data)[0])
+    data = dataclasses.replace(recipe.data, task=task, public_fraction=public)
+    if recipe.recommendation is not None:
+        data = dataclasses.replace(data, recommendation=recipe.recommendation)
+    return dataclasses.replace(recipe, data=data, evaluation=evaluation)
 
 
-def _metrics(task: str) -> tuple[str, ...]:
-    """Metrics of a task's evaluation, the usual one first."""
-    return ("perplexity", "loss") if task == "causal-lm" else ("accuracy", "loss")
+def _metrics(task: str, data: DataSettings | None) -> tuple[str, ...]:
+    """Metrics of a task's evaluation, the usual one first; ``auc`` is there where there are two classes."""
+    words = task == "causal-lm" and not (data is not None and data.answers)
+    return ("perplexity", "loss") if words else ("accuracy", "loss", "auc")
 
 
 def _sections(tables: Table, file: str, problems: list[str]) -> tuple[dict[str, dict[str, object]], dict[str, str]]:
@@ -241,12 +262,12 @@ def _override(
 
 def _anchor(sections: dict[str, dict[str, object]], folder: Path, only: str | None = None) -> None:
     """Makes relative paths that mean files absolute; names of assets and hub ids stay."""
-    for section, key in (("data", "source"), ("data", "test"), ("model", "source")):
+    for section, key in (("data", "source"), ("data", "test"), ("model", "source"), ("server", "source")):
         value = sections.get(section, {}).get(key)
         if not isinstance(value, str) or (only is not None and key != only) or value in ASSETS:
             continue
         path = folder / Path(value).expanduser()
-        is_file = section == "data" and Path(value).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+        is_file = section != "model" and Path(value).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet")
         if is_file or path.is_dir() or value.startswith((".", "/", "~")):
             sections[section][key] = str(path.resolve())
 
@@ -280,9 +301,10 @@ def _algorithm(table: Table, where: Callable[[str], str], problems: list[str]) -
 # --- methods of a comparison --------------------------------------------------------------------------------------
 
 SHARED: Mapping[str, frozenset[str]] = {
-    **{section: frozenset() for section in ("run", "data", "partition", "clients", "evaluation", "baseline")},
+    **{section: frozenset() for section in ("run", "data", "partition", "clients", "evaluation", *OPTIONAL)},
     "model": frozenset({"source", "task", "max_length", "image_size"}),
     "training": frozenset({"batch_size", "local_epochs", "max_steps"}),
+    "server": frozenset({"source", "text", "image", "prompt", "fraction", "limit"}),
 }
 """What all methods of a comparison have in common: section -> keys, none for all of them."""
 
@@ -380,11 +402,12 @@ def _across(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[s
         problems.append(f'{where("run", "cohort")} {rule}; set it to "none" for all clients')
     evaluation = read.get("evaluation")
     if model is not None and evaluation is not None:
-        known, metric = ("auto", *_metrics(model.task)), evaluation.metric
+        known, metric = ("auto", *_metrics(model.task, data)), evaluation.metric
         if metric.partition("/")[0] not in known:
             rule = f"must be one of {', '.join(known)}, got {schema.show(metric)}"
             problems.append(f"{where('evaluation', 'metric')} {rule}; {schema.suggestion(metric, known)}")
-    if evaluation is not None and evaluation.on == "validation" and data is not None and not data.validation_fraction:
+    held_out = data is not None and (data.validation_fraction or data.source == MOVIELENS)
+    if evaluation is not None and evaluation.on == "validation" and data is not None and not held_out:
         rule = 'must be above 0 where evaluation.on is "validation", got 0.0; 0.1 is usual'
         problems.append(f"{where('data', 'validation_fraction')} {rule}")
     clients, training = read.get("clients"), read.get("training")
@@ -394,32 +417,95 @@ def _across(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[s
             rule = f"must be divisors of training.batch_size, {training.batch_size}, got {schema.show(uneven)}"
             problems.append(f"{where('clients', 'micro_batches')} {rule}")
     problems += _of_safeguards(read, where)
+    problems += _of_server(read, where)
+    problems += _of_recommendation(read, where)
     return problems + (_of_partition(partition, where) if partition is not None else [])
 
 
-def _safeguards(defence: DefenceSettings, privacy: PrivacySettings) -> Safeguards:
+def _safeguards(run: RunSettings, defence: DefenceSettings, privacy: PrivacySettings) -> Safeguards:
     private = None
     if privacy.kind != "none":
         private = ClientDP(privacy.kind, privacy.clip, privacy.noise_multiplier, privacy.delta, privacy.max_epsilon)
     screening = Screening(defence.max_norm_factor, defence.clip)
-    return Safeguards(screening, Robust(defence.rule, defence.attackers), private)
+    robust = Robust(defence.rule, defence.attackers)
+    secure = None
+    if privacy.secure_aggregation:
+        secure = SecureAggregation(privacy.threshold, privacy.min_clients, privacy.bits, privacy.bound)
+    return Safeguards(screening, robust, private, run.min_uploads, run.min_share, secure)
 
 
 def _of_safeguards(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[str]:
     """Safeguards that cannot serve the method or the baseline."""
-    if read.get("defence") is None or read.get("privacy") is None:
+    run = read.get("run")
+    if run is None or read.get("defence") is None or read.get("privacy") is None:
         return []
-    safeguards = _safeguards(read["defence"], read["privacy"])
+    safeguards = _safeguards(run, read["defence"], read["privacy"])
     problems: list[str] = []
     for settings in filter(None, (read.get("algorithm"), read.get("baseline"))):
         made = ALGORITHMS[settings.name](**dict.fromkeys(("spec", "profile")), **settings.options)
-        for section, check in (("defence", safeguards.robust.check), ("privacy", safeguards.check)):
-            try:
-                check(made)
-            except PlanError as error:
-                problems.append(where(section, str(error).removeprefix(f"{section}.")))
-                break
+        problems += [where(section, text.removeprefix(f"{section}.")) for section, text in safeguards.problems(made)]
+    return list(dict.fromkeys([*problems, *_of_cohorts(read, safeguards, where)]))
+
+
+def _of_cohorts(read: Mapping[str, Any], safeguards: Safeguards, where: Callable[[str, str], str]) -> list[str]:
+    """Rounds that have fewer clients than a sum needs."""
+    run, secure, num_clients = read["run"], safeguards.secure, getattr(read.get("partition"), "num_clients", None)
+    if secure is None:
+        return []
+    of_round = run.cohort or num_clients
+    if of_round is None or of_round >= secure.min_clients:
+        return []
+    rule = f"must be at most the clients of a round, {of_round}, got {secure.min_clients}; sample more of them"
+    return [f"{where('privacy', 'min_clients')} {rule}"]
+
+
+def _of_server(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[str]:
+    """Public data that is not public, or that a method needs and nobody names."""
+    server, data = read.get("server"), read.get("data")
+    if server is None:
+        return []
+    problems: list[str] = []
+    if server.source is not None and data is not None and server.source == data.source:
+        rule = f"must be another source than data.source, whose test rows it holds, got {schema.show(server.source)}"
+        problems.append(f"{where('server', 'source')} {rule}; set server.fraction instead")
+    if server.source is not None and (wrong := _nearly(server.source, DATA_NAMES)):
+        rule = f"must be a packaged asset, a local path or a hub id, got {schema.show(server.source)}"
+        problems.append(f"{where('server', 'source')} {rule}; {wrong}")
+    for settings in filter(None, (read.get("algorithm"), read.get("baseline"))):
+        made = ALGORITHMS[settings.name](**dict.fromkeys(("spec", "profile")), **settings.options)
+        lacks = server.source is None and not server.fraction
+        if isinstance(made, UsesPublicData) and made.uses_public_data and lacks:
+            rule = f"must be given for {settings.name}, whose server trains on public data, got none"
+            problems.append(f"{where('server', 'source')} {rule}; or set server.fraction, such as 0.1")
     return list(dict.fromkeys(problems))
+
+
+def _of_recommendation(read: Mapping[str, Any], where: Callable[[str, str], str]) -> list[str]:
+    """Sections of a recommendation that its data or its partition cannot serve."""
+    data, partition, clicks = (read.get(name) for name in ("data", "partition", "click_model"))
+    problems: list[str] = []
+    if data is not None and data.source != MOVIELENS:
+        rule = f"must be {schema.show(MOVIELENS)} where there is a section"
+        problems += [
+            f"{where('data', 'source')} {rule} [{name}], got {schema.show(data.source)}; remove the section"
+            for name in ("recommendation", "click_model")
+            if read.get(name) is not None
+        ]
+    for section in ("algorithm", "baseline"):
+        settings = read.get(section)
+        if settings is None or clicks is not None:
+            continue
+        made = ALGORITHMS[settings.name](**dict.fromkeys(("spec", "profile")), **settings.options)
+        if getattr(made, "needs_user_vectors", False):
+            rule = 'must be "none" where no section [click_model] gives examples their user vectors, got "user"'
+            problems.append(f"{where(section, 'gate')} {rule}; add the section, or set it")
+    if partition is not None and clicks is not None and clicks.training == "federated":
+        by_user = partition.kind == "column" and partition.column in ("user", "group")
+        if not by_user or partition.clients_per_value != 1:
+            rule = 'must be "central" unless each client is a user or a group of users, got "federated"'
+            advice = 'set partition.kind = "column" and partition.column = "group"'
+            problems.append(f"{where('click_model', 'training')} {rule}; {advice}")
+    return problems
 
 
 _NEEDS = {"dirichlet": ("num_clients", "alpha"), "pathological": ("num_clients", "classes_per_client")}

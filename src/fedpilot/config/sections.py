@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fedpilot import robust
 from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, ByteSize, Rule
+from fedpilot.trackers import TrackerName
 
 _WORKERS = Rule('be at least 1, or "auto"', lambda value: value == "auto" or value >= 1)
 _PLAIN_NAME = Rule("be a name without slashes", lambda value: bool(value) and "/" not in value and value != "..")
@@ -31,6 +32,10 @@ class RunSettings:
         engine: What carries tasks to clients: ``in-process``, or worker processes, on this machine;
             ``flower-simulation``, the same over Flower's messages and Ray; ``flower``, nodes on other machines, which
             ``fedpilot serve`` runs.
+        trackers: Where curves go besides the run's own files: ``tensorboard``, and ``mlflow`` and ``wandb``, extras of
+            the same names. They write into the run directory unless their own environment variables say otherwise.
+        min_uploads: Fewest uploads that change the state; a round with fewer is recorded and leaves it as it is.
+        min_share: The same as a share of the clients that were asked; both must be reached.
     """
 
     name: Annotated[str, _PLAIN_NAME] = "run"
@@ -43,6 +48,15 @@ class RunSettings:
     workers: Annotated[int | Literal["auto"], _WORKERS] = 1
     kept: Literal["memory", "disk"] = "memory"
     engine: Literal["in-process", "flower-simulation", "flower"] = "in-process"
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    min_uploads: Annotated[int, AT_LEAST_ONE] = 1
+    min_share: Annotated[float, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cohort is not None and self.min_uploads > self.cohort:
+            raise ValueError(
+                f"min_uploads must be at most cohort, {self.cohort}, got {self.min_uploads}; no round would count"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,38 @@ class ClientSettings:
         ]
         if uneven:
             raise ValueError("; ".join(uneven))
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the server trains with, for methods that train there; other methods leave all of it alone.
+
+    Attributes:
+        source: Public data, named as in ``data.source``; inputs alone are read, no classes. ``"none"`` for none.
+        text: Its column of the text.
+        image: Its column of the image.
+        prompt: Its column of the text that stands before ``text``, for a language model; ``"none"`` for none.
+        fraction: In place of ``source``, share of the training rows that the server holds; no client of any method has
+            them.
+        limit: Rows of ``source`` kept at most; ``"none"`` for all.
+        optimiser: As in ``training``.
+        learning_rate: The same in every round.
+        batch_size: Examples of a step; ``"none"`` for ``training.batch_size``.
+    """
+
+    source: Annotated[str | None, NOT_EMPTY] = None
+    text: str = "text"
+    image: str = "image"
+    prompt: str | None = None
+    fraction: Annotated[float, Rule("lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
+    limit: Annotated[int | None, AT_LEAST_ONE] = None
+    optimiser: Literal["adamw", "sgd", "momentum"] = "adamw"
+    learning_rate: Annotated[float, POSITIVE] = 1e-3
+    batch_size: Annotated[int | None, AT_LEAST_ONE] = None
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.fraction:
+            raise ValueError(f"fraction must be 0 where source names the server's data, got {self.fraction}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +179,7 @@ class DefenceSettings:
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of whole clients.
+    """Differential privacy of whole clients, and secure aggregation.
 
     Attributes:
         kind: ``client`` puts noise on the sum of clipped updates, by a server that is trusted; ``local`` on every
@@ -142,6 +188,12 @@ class PrivacySettings:
         noise_multiplier: σ; noise of standard deviation σ C.
         delta: δ.
         max_epsilon: The run ends before the round that would cost more; ``"none"`` for no limit.
+        secure_aggregation: Whether the server learns the sum of a round's uploads and no single one.
+        threshold: Share of a round's clients that must stay until the sum is unmasked, above a half in any case.
+        min_clients: Fewest clients of a sum.
+        bits: Of a number in a masked upload.
+        bound: Largest magnitude of an entry of an update that can be summed; the quantisation is the finest at which
+            sums of such entries have room in ``bits``.
     """
 
     kind: Literal["none", "client", "local"] = "none"
@@ -149,6 +201,11 @@ class PrivacySettings:
     noise_multiplier: Annotated[float, NOT_NEGATIVE] = 1.0
     delta: Annotated[float, SHARE] = 1e-5
     max_epsilon: Annotated[float | None, POSITIVE] = None
+    secure_aggregation: bool = False
+    threshold: Annotated[float, Rule("lie in [0.5, 1]", lambda value: 0.5 <= value <= 1)] = 0.6
+    min_clients: Annotated[int, Rule("be at least 3", lambda value: value >= 3)] = 3
+    bits: Literal[32, 64] = 32
+    bound: Annotated[float, POSITIVE] = 4.0
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ import torch
 
 from fedpilot import assets, memory, planning
 from fedpilot.algorithms import ALGORITHMS
+from fedpilot.condensation import REHEARSED
 from fedpilot.config.population import Population, load_population
 from fedpilot.config.recipe import Recipe
 from fedpilot.config.schema import ByteSize
 from fedpilot.config.sections import AlgorithmSettings
+from fedpilot.config.server import Server, public_examples
 from fedpilot.config.traces import Traces
 from fedpilot.config.workplace import MakePlaces, Places, faster_workers
 from fedpilot.engines.in_process import InProcess
@@ -26,10 +28,21 @@ from fedpilot.errors import ConfigError, PlanError
 from fedpilot.evaluation import combined
 from fedpilot.manifest import package_versions
 from fedpilot.memory import MemoryProfile
-from fedpilot.model import AdaptedModel, ModelSettings, build_model
+from fedpilot.model import AdaptedModel, ModelSettings, build_model, item_shape, program_of
+from fedpilot.rounds import ServerSite
 from fedpilot.stopping import Cadence, EarlyStop, Goal
 from fedpilot.training import TrainingSettings
-from fedpilot.types import Algorithm, ClientProfile, Deployment, HasStepKind, ModelSpec, Plan, StepKind
+from fedpilot.types import (
+    Algorithm,
+    ClientProfile,
+    Condensation,
+    Deployment,
+    HasStepKind,
+    ModelSpec,
+    Plan,
+    RefinesOnServer,
+    StepKind,
+)
 
 CALIBRATION_STEPS = 3
 
@@ -74,6 +87,17 @@ def profile_of(
     kind: StepKind | None = None,
 ) -> MemoryProfile:
     """Memory and operations of a training step of a kind, traced on a model without storage."""
+    if kind is not None and kind.attachment is not None:
+        return memory.trace_attached(
+            _programs(sketch, training, kind),
+            sketch.spec,
+            kind.attachment,
+            batch=training.batch_size,
+            micro_batches=micro_batches,
+            checkpointing=checkpointing,
+        )
+    if kind is not None and kind.condensation is not None:
+        return _condensing_profile(sketch, training, micro_batches, kind, kind.condensation)
     return memory.trace(
         _programs(sketch, training, kind),
         sketch.spec,
@@ -84,8 +108,26 @@ def profile_of(
     )
 
 
+def _condensing_profile(
+    sketch: AdaptedModel,
+    training: TrainingSettings,
+    micro_batches: tuple[int, ...],
+    kind: StepKind,
+    how: Condensation,
+) -> MemoryProfile:
+    """Memory and operations of a condensation, in each of the micro-batches."""
+    sizes = sorted({*micro_batches} or {training.batch_size}, reverse=True)
+    whole = planning.frozen_from(sketch.spec, 0, how.rank, how.depth)
+    plans = [dataclasses.replace(whole, micro_batch=None if size == training.batch_size else size) for size in sizes]
+    programs = _programs(sketch, training, kind)
+    shape = item_shape(sketch, how)
+    return memory.trace_plans(
+        programs, sketch.spec, plans, batch=training.batch_size, sizes=sizes, item_shape=shape, rehearsed=REHEARSED
+    )
+
+
 def _programs(adapted: AdaptedModel, training: TrainingSettings, kind: StepKind | None = None) -> memory.ProgramFor:
-    return lambda plan, micro_batch: adapted.program(plan, training, micro_batch, kind)
+    return lambda plan, micro_batch: program_of(adapted, plan, training, micro_batch, kind)
 
 
 def recomputes(settings: AlgorithmSettings | None) -> bool:
@@ -112,6 +154,8 @@ def algorithm(
         options["num_rounds"] = recipe.run.rounds
     if "batch_size" in names:
         options["batch_size"] = recipe.training.batch_size
+    if "user_width" in names:
+        options["user_width"] = 0 if recipe.click_model is None else recipe.click_model.width
     made: Algorithm[Any] = cls(spec=spec, profile=profile, **options)
     return made
 
@@ -205,6 +249,15 @@ class Experiment:
         if self.pool is not None:
             return Workers(method, self.pool, store)
         return InProcess(method, self.places.site, store)
+
+    @cached_property
+    def server(self) -> Server:
+        """The server's own place; it has the public data, if the recipe names any."""
+        return Server(self.recipe, public_examples(self.recipe, self.population), self.adapted)
+
+    def server_site(self, method: Algorithm[Any]) -> ServerSite | None:
+        """Where a method trains on the server; ``None`` for one that does not, and nothing is loaded for it."""
+        return self.server.site if isinstance(method, RefinesOnServer) else None
 
     def evaluate(self, deployment: Deployment) -> Mapping[str, float]:
         """Metrics on what the recipe evaluates rounds on."""
@@ -309,7 +362,7 @@ def _with_speed(made: Experiment) -> Experiment:
     """Measures this machine's speed over a few steps of the method and takes every client for as fast."""
     chosen = made.recipe.algorithm
     plan = ample_plan(made.algorithm(dry=True), made.population.clients[0])
-    program = made.adapted.program(plan, made.recipe.training, plan.micro_batch, made.kind(chosen))
+    program = program_of(made.adapted, plan, made.recipe.training, plan.micro_batch, made.kind(chosen))
     program.step()  # the first one also makes the optimiser's state
     started = time.perf_counter()
     for _ in range(CALIBRATION_STEPS):

@@ -12,7 +12,7 @@ from fedpilot.data import EncodedDataset
 from fedpilot.engines.workers import Pool
 from fedpilot.errors import ConfigError
 from fedpilot.evaluation import Measured, measure
-from fedpilot.model import AdaptedModel, ModelSettings, build_model
+from fedpilot.model import AdaptedModel, ModelSettings, build_model, program_of
 from fedpilot.types import Deployment, Plan, StepKind
 
 Split = Literal["test", "validation"]
@@ -42,13 +42,14 @@ class Places(Clients):
             groups=groups,
             batch_size=self._recipe.evaluation.batch_size,
             autocast=self._recipe.training.autocast,
+            answers=examples.answers,
             part=part,
             parts=parts,
         )
 
     def seconds_a_step(self, plan: Plan, kind: StepKind | None) -> float:
         """Seconds of one training step of the plan, on inputs of full length."""
-        program = self._adapted.program(plan, self._recipe.training, plan.micro_batch, kind)
+        program = program_of(self._adapted, plan, self._recipe.training, plan.micro_batch, kind)
         program.step()  # the first one also makes the optimiser's state
         started = time.perf_counter()
         for _ in range(STEPS):

@@ -8,7 +8,7 @@ from fedpilot.data.encode import encode
 from fedpilot.data.encoded import DataReport, EncodedDataset
 from fedpilot.data.packaged import PACKAGED
 from fedpilot.data.partition import PartitionSettings, client_names, partition, partition_table
-from fedpilot.data.sources import load
+from fedpilot.data.sources import load, load_inputs
 from fedpilot.data.tables import DataSettings, Rows, Table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "client_names",
     "encode",
     "load",
+    "load_inputs",
     "partition",
     "partition_table",
 ]

@@ -2,6 +2,7 @@
 
 import logging
 
+from fedpilot.data.chat import encode_chat
 from fedpilot.data.encoded import EncodedDataset
 from fedpilot.data.language_modelling import encode_lm
 from fedpilot.data.tables import Rows, TaskType
@@ -20,6 +21,7 @@ def encode(
     max_length: int | None = None,
     image_size: int | None = None,
     name: str = "data set",
+    answers: tuple[str, ...] = (),
 ) -> EncodedDataset:
     """Encodes rows as the model wants them.
 
@@ -30,6 +32,7 @@ def encode(
         max_length: Tokens of an example at most; ``None`` for what the model takes.
         image_size: Height and width of images in pixels; needed for images.
         name: What the data set is called in messages.
+        answers: Texts that stand for the classes, for a language model that chooses among them.
 
     Raises:
         DataError: The model has no tokenizer or normalisation, or the rows do not suit the task.
@@ -40,8 +43,12 @@ def encode(
         mean, std = normalisation(model)
         return encode_images(rows, image_size, mean=mean, std=std, name=name)
     tokenizer = load_tokenizer(model)
-    encoder = encode_lm if task == "causal-lm" else encode_text
-    dataset = encoder(rows, tokenizer, max_length=max_length, name=name)
+    if len(rows.conversations):
+        dataset = encode_chat(rows, tokenizer, max_length=max_length, name=name)
+    elif task == "causal-lm":
+        dataset = encode_lm(rows, tokenizer, max_length=max_length, name=name, answers=answers)
+    else:
+        dataset = encode_text(rows, tokenizer, max_length=max_length, name=name)
     if dataset.report.num_truncated:
         logger.warning("%s: %s", name, dataset.report)
     return dataset

@@ -4,8 +4,8 @@ An :class:`EncodedDataset` is a view on a store: subsets share the store's memor
 more than the data set it was split from.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -70,6 +70,8 @@ class EncodedDataset:
         lengths: (n,) tokens of each example; ones for images.
         truncated: (n,) whether the example was cut to fit.
         name: What it is called in messages.
+        answers: Token of each class, where a language model chooses among answers; else empty.
+        side: Further columns of a batch by name, (n, ...) each, that no base model reads: a user vector.
     """
 
     store: Store
@@ -78,6 +80,8 @@ class EncodedDataset:
     lengths: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     name: str = "data set"
+    answers: tuple[int, ...] = ()
+    side: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -116,6 +120,7 @@ class EncodedDataset:
             lengths=self.lengths[chosen],
             truncated=self.truncated[chosen],
             name=name,
+            side={column: tensor[torch.from_numpy(chosen)] for column, tensor in self.side.items()},
         )
 
     def batches(
@@ -144,7 +149,8 @@ class EncodedDataset:
             raise DataError(f"pad_to must be at least {self.longest}, the longest example of {self.name}, got {pad_to}")
         order = descending(self.lengths) if generator is None else bucketed(self.lengths, batch_size, generator)
         for batch in batched(order, batch_size, generator)[:max_batches]:
-            yield self.store.collate(self.rows[batch], pad_to)
+            side = {column: tensor[torch.from_numpy(batch)] for column, tensor in self.side.items()}
+            yield self.store.collate(self.rows[batch], pad_to) | side
 
 
 def descending(lengths: NDArray[np.int64]) -> Rows:

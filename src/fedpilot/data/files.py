@@ -26,6 +26,9 @@ def read_file(path: Path) -> Columns:
         raise DataError(f"data file must exist, got {path}; check the path, which is relative to where you are")
     if path.suffix not in SUFFIXES:
         raise DataError(f"data file must end in {', '.join(SUFFIXES)}, got {path.name}")
+    with path.open("rb") as file:
+        if path.suffix != ".parquet" and file.read(4) == b"PK\x03\x04":
+            raise DataError(f"{path} must be text, got a spreadsheet or an archive; save the sheet as .csv")
     try:
         columns = _parquet(path) if path.suffix == ".parquet" else _columns(path, _records(path))
     except UnicodeDecodeError as error:
@@ -36,6 +39,10 @@ def read_file(path: Path) -> Columns:
         raise DataError(f"{path} must be a table of cells, got: {error}; save it as .jsonl or .parquet") from error
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{path} must hold at least one row, got none")
+    header = next(iter(columns))
+    if path.suffix == ".csv" and len(columns) == 1 and (mark := next((mark for mark in ";\t|" if mark in header), "")):
+        advice = "save it with commas" if mark != "\t" else "name it .tsv"
+        raise DataError(f"{path} must have commas between its columns, got {mark!r}; {advice}")
     return columns
 
 
@@ -66,8 +73,9 @@ def _columns(path: Path, records: Iterator[Mapping[str, object]]) -> Columns:
     for number, record in enumerate(records, start=1):
         if None in record:
             raise DataError(f"row {number} of {path} must have as many cells as the header, got more; quote its commas")
-        for name in record.keys() - columns.keys():
-            columns[name] = [None] * (number - 1)
+        for name in record:
+            if name not in columns:
+                columns[name] = [None] * (number - 1)
         for name, values in columns.items():
             values.append(record.get(name))
     return columns

@@ -21,6 +21,7 @@ def encode_lm(
     max_length: int | None = None,
     prompt_template: str = PROMPT_TEMPLATE,
     name: str = "data set",
+    answers: Sequence[str] = (),
 ) -> EncodedDataset:
     """Prompt, text and end-of-text token as one sequence; the loss asks for the text and its end.
 
@@ -33,12 +34,15 @@ def encode_lm(
         max_length: Tokens of a sequence at most; ``None`` for what the model takes.
         prompt_template: How a prompt is put, with ``{prompt}`` in it.
         name: What the data set is called in messages.
+        answers: Texts that stand for the classes, where the model is to choose among them; such a text is one token,
+            and none follows it.
 
     Raises:
-        DataError: As :func:`fedpilot.data.text.encode_text`.
+        DataError: As :func:`fedpilot.data.text.encode_text`; or an answer is not one token, or a text no answer.
     """
     longest = input_limit(tokenizer, max_length)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    chosen = _answer_tokens(answers, rows.texts, tokenizer, name)
+    end = [] if tokenizer.eos_token_id is None or chosen else [tokenizer.eos_token_id]
     texts, truncated = tokenised(tokenizer, rows.texts, longest - len(end), special=False)
     texts = [text + end for text in texts]
     rooms = [longest - len(text) for text in texts]
@@ -47,7 +51,19 @@ def encode_lm(
     ignored = [[TokenStore.IGNORED] * len(prompt) for prompt in prompts]
     targets, _ = flattened([before + text for before, text in zip(ignored, texts, strict=True)])
     store = TokenStore(tokens, offsets, rows.labels, pad_id(tokenizer), targets=targets)
-    return EncodedDataset(store, np.arange(len(rows)), rows.labels, np.diff(offsets), truncated | cut, name)
+    return EncodedDataset(store, np.arange(len(rows)), rows.labels, np.diff(offsets), truncated | cut, name, chosen)
+
+
+def _answer_tokens(answers: Sequence[str], texts: Sequence[str], tokenizer: Tokenizer, name: str) -> tuple[int, ...]:
+    if not answers:
+        return ()
+    found, _ = tokenised(tokenizer, answers, NO_LIMIT, special=False)
+    wrong = [answer for answer, tokens in zip(answers, found, strict=True) if len(tokens) != 1]
+    if wrong or len({tokens[0] for tokens in found}) != len(found):
+        raise DataError(f"answers must be one token each and differ, got {', '.join(wrong or answers)}; choose others")
+    if strangers := sorted(set(texts) - set(answers)):
+        raise DataError(f"every text of {name} must be an answer ({', '.join(answers)}), got {strangers[0]!r}")
+    return tuple(tokens[0] for tokens in found)
 
 
 def _prompts(

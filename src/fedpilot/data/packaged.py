@@ -28,6 +28,7 @@ class Raw:
         label_names: Its own order of classes; ``None`` for sorted names.
         keep: Columns that are kept without being asked for.
         folder: What paths of images are relative to.
+        validation: Rows that the source itself sets aside for choosing settings; ``None`` when it does not.
     """
 
     train: Columns
@@ -35,6 +36,7 @@ class Raw:
     label_names: tuple[str, ...] | None = None
     keep: tuple[str, ...] = ()
     folder: Path = Path()
+    validation: Columns | None = None
 
 
 _VADER_DOMAINS = {
@@ -116,6 +118,31 @@ def fashion_mnist() -> Raw:
     return Raw(part("train"), part("t10k"), label_names=_FASHION_CLASSES)
 
 
+FASHION_DOMAINS: Mapping[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    "upright": lambda image: image,
+    "inverted": lambda image: 255 - image,
+    "turned": lambda image: np.rot90(image),
+    "turned inverted": lambda image: 255 - np.rot90(image),
+}
+
+
+def fashion_mnist_domains() -> Raw:
+    """Fashion-MNIST with every image in one of four domains, drawn once and for all; column ``domain``."""
+    plain = fashion_mnist()
+    assert plain.test is not None, "it has a test set"
+    train, test = (
+        _in_domains(columns, np.random.default_rng(seed)) for seed, columns in enumerate((plain.train, plain.test))
+    )
+    return Raw(train, test, label_names=plain.label_names, keep=("domain",))
+
+
+def _in_domains(columns: Columns, rng: np.random.Generator) -> Columns:
+    images, names = np.array(columns["image"], dtype=np.uint8), list(FASHION_DOMAINS)
+    drawn = [names[index] for index in rng.integers(len(names), size=len(images))]
+    changed = np.stack([FASHION_DOMAINS[name](image) for name, image in zip(drawn, images, strict=True)])
+    return {**columns, "image": changed, "domain": drawn}
+
+
 def optdigits() -> Raw:
     """The 1,797 digits of 8 x 8 that come with scikit-learn, their 17 grey levels spread over 0..255."""
     from sklearn.datasets import load_digits
@@ -136,6 +163,7 @@ def idx(path: Path) -> NDArray[np.uint8]:
 PACKAGED: dict[str, Callable[[], Raw]] = {
     "bbc": bbc,
     "fashion-mnist": fashion_mnist,
+    "fashion-mnist-domains": fashion_mnist_domains,
     "optdigits": optdigits,
     "vader": vader,
 }

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
+from fedpilot.data.chat import ASSISTANT, conversations
 from fedpilot.data.files import SUFFIXES, read_file, read_hub
 from fedpilot.data.packaged import PACKAGED, Column, Columns, Raw
+from fedpilot.data.recommendation import MOVIELENS, read_movielens
 from fedpilot.data.sampling import spread, strata
-from fedpilot.data.tables import DataSettings, Images, Rows, Table
-from fedpilot.data.vision import check_images
+from fedpilot.data.tables import Conversation, DataSettings, Images, Rows, Table
+from fedpilot.data.vision import check_images, decoded
 from fedpilot.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,37 @@ def load(settings: DataSettings) -> Table:
     test = _limited(test, settings.test_limit, settings.seed + 1)
     _check_classes(train, test, names)
     validation = None
-    if settings.validation_fraction:
+    if raw.validation is not None:
+        validation = _rows(raw, raw.validation, settings, names, f"{settings.source} (validation)")
+        validation = _limited(validation, settings.test_limit, settings.seed + 2)
+    elif settings.validation_fraction:
         seed = [settings.seed, 2]
         train, validation = _held_out(train, settings.validation_fraction, seed, "validation_fraction")
+    public = None
+    if settings.public_fraction:
+        train, public = _held_out(train, settings.public_fraction, [settings.seed, 3], "server.fraction")
     logger.info("%s: %d training and %d test rows, %d classes", settings.source, len(train), len(test), len(names))
-    return Table(train, test, names, validation)
+    return Table(train, test, names, validation, public)
+
+
+def load_inputs(settings: DataSettings) -> Rows:
+    """All training rows of a source, inputs alone: whether it has classes, and which, does not matter.
+
+    Raises:
+        DataError: The source cannot be read, or lacks a column, or has rows without a text or an image.
+        AssetError: A packaged source cannot be fetched.
+    """
+    _check(settings)
+    raw, source = read(settings), settings.source
+    images = settings.task == "image-classification"
+    found = _column(raw.train, settings.image if images else settings.text, source)
+    rows = Rows(
+        labels=np.zeros(len(found), dtype=np.int64),
+        texts=() if images else _texts(raw.train, settings.text, source),
+        prompts=() if settings.prompt is None else _texts(raw.train, settings.prompt, source),
+        images=_images(found, raw.folder, source) if images else (),
+    )
+    return _limited(rows, settings.limit, settings.seed)
 
 
 def read(settings: DataSettings) -> Raw:
@@ -53,10 +80,10 @@ def read(settings: DataSettings) -> Raw:
         AssetError: A packaged source cannot be fetched.
     """
     path = Path(settings.source).expanduser()
-    if settings.source in PACKAGED:
+    if settings.source in PACKAGED or settings.source == MOVIELENS:
         if settings.test is not None:
             raise DataError(f"test must be left out for the packaged source {settings.source!r}, got {settings.test!r}")
-        return PACKAGED[settings.source]()
+        return read_movielens(settings.recommendation) if settings.source == MOVIELENS else PACKAGED[settings.source]()
     if path.suffix not in SUFFIXES and not path.is_file():
         return read_hub(settings)
     test = None if settings.test is None else read_file(Path(settings.test).expanduser())
@@ -68,17 +95,36 @@ def _check(settings: DataSettings) -> None:
         raise DataError(f"test_fraction must be above 0 and below 1, got {settings.test_fraction}")
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation_fraction must be 0 or more and below 1, got {settings.validation_fraction}")
+    if settings.source == MOVIELENS and settings.validation_fraction:
+        raise DataError(
+            f"validation_fraction must be 0 for {MOVIELENS!r}, which sets its own validation rows aside, got "
+            f"{settings.validation_fraction}"
+        )
     for name, value in (("limit", settings.limit), ("test_limit", settings.test_limit)):
         if value is not None and value < 1:
             raise DataError(f"{name} must be at least 1, got {value}")
-    if settings.prompt is not None and settings.task != "causal-lm":
-        raise DataError(f"prompt must be left out for {settings.task}, got {settings.prompt!r}")
+    for name in ("prompt", "messages", "chat"):
+        value = getattr(settings, name)
+        if value and settings.task != "causal-lm":
+            raise DataError(f"{name} must be left out for {settings.task}, got {value!r}")
+    if settings.chat and (settings.prompt is None or settings.messages is not None):
+        raise DataError("chat must go with a prompt column, and without messages, which are a chat by themselves")
+    if settings.messages is not None and settings.prompt is not None:
+        raise DataError(f"prompt must be left out beside messages, got {settings.prompt!r}")
+    if settings.answers and (settings.chat or settings.messages):
+        raise DataError("answers must be left out for chats, got some; give columns prompt and text without chat")
 
 
 def _rows(raw: Raw, columns: Columns, settings: DataSettings, names: tuple[str, ...], source: str) -> Rows:
     """The chosen columns, checked."""
     images = settings.task == "image-classification"
     kept = {name: _strings(_column(columns, name, source)) for name in (*raw.keep, *settings.columns)}
+    if settings.messages is not None:
+        talks = conversations(list(_column(columns, settings.messages, source)), settings.messages, source)
+        return Rows(_classes(columns, settings, names, source), columns=kept, conversations=talks)
+    if settings.chat:
+        talks = _exchanges(columns, settings, source)
+        return Rows(_classes(columns, settings, names, source), columns=kept, conversations=talks)
     return Rows(
         labels=_classes(columns, settings, names, source),
         texts=() if images else _texts(columns, settings.text, source),
@@ -86,6 +132,13 @@ def _rows(raw: Raw, columns: Columns, settings: DataSettings, names: tuple[str, 
         images=_images(_column(columns, settings.image, source), raw.folder, source) if images else (),
         columns=kept,
     )
+
+
+def _exchanges(columns: Columns, settings: DataSettings, source: str) -> list[Conversation]:
+    """A question and its answer in each row."""
+    assert settings.prompt is not None, "checked"
+    asked, said = (_texts(columns, name, source) for name in (settings.prompt, settings.text))
+    return [(("user", question), (ASSISTANT, answer)) for question, answer in zip(asked, said, strict=True)]
 
 
 def _column(columns: Columns, name: str, source: str) -> Column:
@@ -120,7 +173,7 @@ def _images(values: Column, folder: Path, source: str) -> Images:
     if isinstance(values, np.ndarray):
         return values
     images = [folder / value if isinstance(value, str) else value for value in values]
-    if not all(isinstance(image, Path | Image) for image in images):
+    if not all(isinstance(image, Path) or decoded(image) for image in images):
         raise DataError(f"images of {source} must be paths or decoded images; name the right image column")
     check_images(images)
     return images

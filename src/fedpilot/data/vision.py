@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from fedpilot.data.encoded import EncodedDataset, ImageStore
 from fedpilot.data.tables import AnyImage, Images, Rows
 from fedpilot.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image  # an extra
 
 Channels = tuple[float, float, float]
 
@@ -67,18 +70,43 @@ def resized(image: AnyImage, size: int) -> NDArray[np.uint8]:
     Raises:
         DataError: The file is missing or is no image.
     """
+    require()
+    from PIL import Image
+
     try:
         opened = opened_image(image)
         opened = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-    except (OSError, UnidentifiedImageError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:  # what is no image is an OSError too
         what = str(image) if isinstance(image, Path) else "an image of the table"
         raise DataError(f"{what} must be a readable image, got: {error}; replace the file or drop its row") from error
     array = np.asarray(opened.resize((size, size), Image.Resampling.BICUBIC))
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def opened_image(image: AnyImage) -> Image.Image:
+def require() -> None:
+    """Says how to get the library that opens images.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"images must have Pillow, got: {error}; pip install 'fedpilot[vision]'") from error
+
+
+def decoded(image: object) -> "TypeGuard[Image.Image]":
+    """Whether it is an image that a library has decoded."""
+    require()
+    from PIL import Image
+
+    return isinstance(image, Image.Image)
+
+
+def opened_image(image: AnyImage) -> "Image.Image":
     """The image decoded, whatever it comes as."""
+    from PIL import Image
+
     if isinstance(image, Path):
         with Image.open(image) as file:
             file.load()
@@ -92,6 +120,7 @@ def check_images(images: Images) -> None:
     Raises:
         DataError: A file is missing or is no image; all of them are counted and the first few named.
     """
+    require()
     bad = [image for image in images if isinstance(image, Path) and not _is_image(image)]
     if bad:
         named = ", ".join(str(path) for path in bad[:3])
@@ -99,6 +128,8 @@ def check_images(images: Images) -> None:
 
 
 def _is_image(path: Path) -> bool:
+    from PIL import Image
+
     try:
         with Image.open(path) as file:
             file.verify()

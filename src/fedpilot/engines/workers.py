@@ -22,7 +22,8 @@ from fedpilot.engines.wire import Receiver, Sender
 from fedpilot.engines.worker import Workplace
 from fedpilot.types import Algorithm, Failure, Task, Upload
 
-_PROGRAM = "from fedpilot.engines.worker import main; main()"
+# Ctrl-C in a terminal reaches every process; the engine's decides, also while this one is importing.
+_PROGRAM = "import signal; signal.signal(2, signal.SIG_IGN); from fedpilot.engines.worker import main; main()"
 AHEAD = 2  # tasks that may be under way or waiting to be read, for each worker
 
 

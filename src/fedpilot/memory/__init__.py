@@ -12,6 +12,7 @@ choice, as allocation wants it.
 
 from fedpilot.memory.arithmetic import Breakdown, breakdown, calibrate, peak_bytes, seconds
 from fedpilot.memory.assembly import BlockBytes
+from fedpilot.memory.attached import candidates, trace_attached, trace_plans
 from fedpilot.memory.counting import LiveStorages, StepProgram, measure_peak
 from fedpilot.memory.probing import ProgramFor, trace
 from fedpilot.memory.profile import MemoryProfile
@@ -26,9 +27,12 @@ __all__ = [
     "StepProgram",
     "breakdown",
     "calibrate",
+    "candidates",
     "cost_table",
     "measure_peak",
     "peak_bytes",
     "seconds",
     "trace",
+    "trace_attached",
+    "trace_plans",
 ]

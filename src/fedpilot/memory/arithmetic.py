@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedpilot.memory.assembly import Assembly, BlockBytes, check, moments
+from fedpilot.memory.attached import whole_trace
 from fedpilot.memory.probing import ProgramFor
 from fedpilot.memory.profile import MemoryProfile
 from fedpilot.types import Plan
@@ -17,6 +18,8 @@ def peak_bytes(profile: MemoryProfile, plan: Plan) -> int:
     Raises:
         PlanError: The plan names a block, module, tensor, micro-batch or mixture that was not traced.
     """
+    if profile.plans or plan.attachment is not None:
+        return whole_trace(profile, plan).peak + profile.overhead_bytes
     check(profile, plan)
     training = max(moment.peak for moment in moments(profile, plan)) if plan.trainable else 0
     return max(training, _scoring_bytes(profile, plan)) + profile.overhead_bytes
@@ -140,6 +143,8 @@ def _scoring_bytes(profile: MemoryProfile, plan: Plan) -> int:
 
 def _flops(profile: MemoryProfile, plan: Plan) -> int:
     """Floating-point operations of one optimiser step."""
+    if profile.plans or plan.attachment is not None:
+        return whole_trace(profile, plan).flops
     parts = Assembly(profile, plan)
     once = int(parts.trace.pre.flops[0] + parts.head.flops[0])
     for block in parts.blocks:

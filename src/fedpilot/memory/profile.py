@@ -103,6 +103,23 @@ class OptimiserTrace:
 
 
 @dataclass(frozen=True)
+class WholeTrace:
+    """One plan's step, traced whole.
+
+    Attributes:
+        peak: Highest live bytes.
+        flops: Floating-point operations of a step.
+        standing: Bytes of weights, buffers, inputs and all that the plan holds.
+        held: Of these, what the plan holds: the attachment and the head.
+    """
+
+    peak: int
+    flops: int
+    standing: int
+    held: int
+
+
+@dataclass(frozen=True)
 class ModuleFacts:
     """An adapted module: its shape, its kind (index into ``MemoryProfile.kinds``) and its block."""
 
@@ -132,6 +149,9 @@ class MemoryProfile:
         by_example: Whether gradients are kept by example: sums of the trained tensors' size stand through the step, and
             a gradient of each example of the last micro-batch stands until clipping ends.
         overhead_bytes: Measured on a device by ``calibrate``: context, workspaces, rounding.
+        sizes: Micro-batches of the plans that were traced whole; empty where the step was taken apart.
+        plans: Their traces, by `memory.attached.key_of`; all fields but ``batch`` then say nothing.
+        item_shape: Of a synthetic item, where clients condense.
     """
 
     modules: Mapping[str, ModuleFacts]
@@ -148,6 +168,9 @@ class MemoryProfile:
     micro: Mapping[int, MicroTrace] = field(default_factory=dict)
     by_example: bool = False
     overhead_bytes: int = 0
+    sizes: tuple[int, ...] = ()
+    plans: Mapping[str, WholeTrace] = field(default_factory=dict)
+    item_shape: tuple[int, ...] = ()
 
     def kinds_of(self, block: int) -> tuple[int, ...]:
         """Kinds of the block's adapted modules, in the model's order."""
@@ -165,6 +188,7 @@ class MemoryProfile:
                 "modules": {name: list(vars(facts).values()) for name, facts in self.modules.items()},
                 "optimiser": vars(self.optimiser),
                 "micro": {str(size): _micro_to(trace) for size, trace in self.micro.items()},
+                "plans": {key: list(vars(whole).values()) for key, whole in self.plans.items()},
             }
         )
 
@@ -194,12 +218,15 @@ class MemoryProfile:
             micro={int(size): _micro_from(trace) for size, trace in data["micro"].items()},
             by_example=data["by_example"],
             overhead_bytes=data["overhead_bytes"],
+            sizes=tuple(data["sizes"]),
+            item_shape=tuple(data["item_shape"]),
+            plans={key: WholeTrace(*numbers) for key, numbers in data["plans"].items()},
         )
 
 
 _PLAIN = (
     *("kinds", "groups", "head", "head_trained", "batch", "base_bytes"),
-    *("block_bytes", "batch_bytes", "element_bytes", "by_example", "overhead_bytes"),
+    *("block_bytes", "batch_bytes", "element_bytes", "by_example", "overhead_bytes", "sizes", "item_shape"),
 )
 
 

@@ -237,7 +237,7 @@ class _Recorder(LiveStorages):  # type: ignore[no-untyped-call]
         self.recording.parts.append(self._part)
         self.recording.backward.append(self._backward)
         self.recording.owners.append(self._owner)
-        flops = _flops(func, args, kwargs, result)
+        flops = flops_of(func, args, kwargs, result)
         if flops:
             self.recording.flops.append((len(self.recording.parts) - 1, flops))
         self._now = 2 * len(self.recording.parts) - 1
@@ -258,7 +258,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _flops(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> int:
+def flops_of(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object], result: object) -> int:
     """Floating-point operations of one operator, by torch's own formulas."""
     packet = func.overloadpacket
     if packet is _aten._scaled_dot_product_flash_attention_for_cpu:

@@ -1,15 +1,19 @@
 """Models: `loading` gets one and finds its parts, `adapted` puts adapters into it."""
 
 from fedpilot.model.adapted import AdaptedModel, build_model, check_tensors, cross_entropy, ranks_of
+from fedpilot.model.inside import ModelLens, item_shape, program_of
 from fedpilot.model.loading import Device, ModelSettings, TaskType
 
 __all__ = [
     "AdaptedModel",
     "Device",
+    "ModelLens",
     "ModelSettings",
     "TaskType",
     "build_model",
     "check_tensors",
     "cross_entropy",
+    "item_shape",
+    "program_of",
     "ranks_of",
 ]

@@ -7,7 +7,8 @@ is trained in place instead of in a second copy, ranks differ by module under on
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,19 +24,32 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedpilot import base_deltas, lora, training
+from fedpilot import attachments, base_deltas, lora, training
+from fedpilot.attachments import Pooling
 from fedpilot.errors import ModelError
 from fedpilot.memory import StepProgram
-from fedpilot.model.loading import Base, Device, ModelSettings, find_blocks, find_targets, load_base, some
-from fedpilot.model.prefix import Prefix, PrefixCache, key_of
+from fedpilot.model.attached import Attached, attach, pool_hidden
+from fedpilot.model.loading import (
+    Base,
+    Device,
+    ModelSettings,
+    backbone_config,
+    backbone_of,
+    find_blocks,
+    find_targets,
+    load_base,
+    some,
+)
+from fedpilot.model.prefix import Prefix, PrefixCache, by_example, entered_at, key_of
 from fedpilot.privacy import NoisySum
 from fedpilot.training import IGNORED, Batch, TrainingSettings
-from fedpilot.types import BaseDelta, Deployment, ModelSpec, Plan, StepKind, Task, Tensors
+from fedpilot.types import Attachment, BaseDelta, Deployment, ModelSpec, Plan, StepKind, Task, Tensors
 
 # Where PEFT's own mapping has nothing, or the names of older versions of transformers.
 _TARGETS: Mapping[str, tuple[str, ...]] = {
     "vit": ("q_proj", "v_proj"),
     "dinov2": ("q_proj", "v_proj"),
+    "clip": ("q_proj", "v_proj"),
 }
 _PEFT_TASKS: Mapping[str, str | None] = {
     "sequence-classification": "SEQ_CLS",
@@ -69,11 +83,17 @@ class AdaptedModel:
         self._block_owner = self.base.get_submodule(owner)
         endings = settings.target_modules or _default_targets(self.base)
         modules, block_of = find_targets(self.base, endings, path)
-        self.spec = ModelSpec(modules, block_of, len(self._blocks), settings.alpha / settings.rank, base.head)
+        self.spec = ModelSpec(
+            modules, block_of, len(self._blocks), settings.alpha / settings.rank, base.head, _width(self.base)
+        )
         self.facts = {**base.facts, "target_modules": ", ".join(endings)}
         # Taken before any injection: the parameter objects survive it, their names do not.
         self._parameters: dict[str, nn.Parameter] = dict(self.base.named_parameters())
         self._inputs = _extra_inputs(self.base, settings)
+        self._accepted = frozenset(inspect.signature(self.base.forward).parameters)
+        self._padding = _padding(self.base, settings)
+        self._attachment: Attachment | None = None
+        self._attached: Attached | None = None
         self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
         self._pristine: dict[str, torch.Tensor] = {}
         self._base: BaseDelta | None = None
@@ -87,6 +107,13 @@ class AdaptedModel:
         self._cache: PrefixCache | None = None
         self._prefix: Prefix | None = None
         self._copy(base.head)
+
+    def _padded(self, inputs: Batch) -> Batch:
+        """The batch with the padding that the model looks for, whatever its tokenizer fills up with."""
+        if self._padding is None or not {"input_ids", "attention_mask"} <= inputs.keys():
+            return inputs
+        filled = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, self._padding)
+        return {**inputs, "input_ids": filled}
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +131,20 @@ class AdaptedModel:
         return self.settings.task
 
     @property
+    def extra_inputs(self) -> Mapping[str, bool]:
+        """What a forward pass needs beside the batch."""
+        return self._inputs
+
+    @property
     def num_labels(self) -> int:
         """Classes of a classifier."""
         config: Any = self.base.config
         return int(config.num_labels)
+
+    @property
+    def padding(self) -> int | None:
+        """Token by which a decoder that classifies finds the end of a text; ``None`` for all other models."""
+        return self._padding
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -148,25 +185,55 @@ class AdaptedModel:
             ModelError: The task's names, shapes or blocks are not this model's.
         """
         plan = task.plan
-        self._install(plan.ranks, task.tensors, task.base_delta, plan.blocks)
+        self._install(plan.ranks, task.tensors, task.base_delta, plan.blocks, plan.attachment)
         self._open_weights(plan)
         self.set_trainable(plan.trainable)
         self._set_checkpointed(plan.checkpointed)
         self.plan = plan
 
     def deploy(self, deployment: Deployment) -> None:
-        """Makes the model the one that is evaluated and exported: all blocks, nothing trained."""
+        """Makes the model the one that is evaluated and exported: the deployment's blocks, nothing trained."""
         tensors = deployment.tensors
         ranks = ranks_of(tensors)
-        self._install(ranks, tensors, deployment.base_delta, None)
+        self._install(ranks, tensors, deployment.base_delta, deployment.blocks, deployment.attachment)
         self.set_trainable(frozenset())
         self._set_checkpointed(frozenset())
         self.plan = None
 
+    @contextmanager
+    def whole(self, without: Iterable[int]) -> Iterator[None]:
+        """In the body all blocks run, and pairs in the named blocks count for nothing: a teacher beside its student."""
+        running, absent = [self._blocks.index(block) for block in self.blocks], frozenset(without)
+        self._run_blocks(range(self.spec.num_blocks))  # modules are found by their names in the whole model
+        layers: list[Any] = [self.base.get_submodule(m) for m in self._ranks if self.spec.block_of[m] in absent]
+        for layer in layers:
+            layer.scaling[_ADAPTER] = 0.0
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.scaling[_ADAPTER] = self.spec.scale
+            self._run_blocks(running)
+
+    @contextmanager
+    def watching(self, blocks: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Block -> hidden states (examples, length, width) that it gave in the body's last forward pass."""
+        found: dict[int, torch.Tensor] = {}
+
+        def note(block: int, module: nn.Module, args: object, output: Any) -> None:
+            found[block] = output if isinstance(output, torch.Tensor) else output[0]
+
+        hooks = [self._blocks[block].register_forward_hook(partial(note, block)) for block in blocks]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @property
     def has_frozen_dropout(self) -> bool:
         """Whether blocks or embeddings drop anything out while they train."""
-        options: Mapping[str, object] = self.base.config.to_dict()  # type: ignore[operator,union-attr]
+        options: Mapping[str, object] = backbone_config(self.base).to_dict()
         above = ("classifier", "seq_classif", "summary")
         rates = [value for name, value in options.items() if "drop" in name and not name.startswith(above)]
         return any(isinstance(rate, int | float) and rate > 0 for rate in [*rates, self.settings.lora_dropout])
@@ -184,12 +251,16 @@ class AdaptedModel:
         What is remembered lasts as long as the model: another client's turn, or a later round, with the same tensors
         in these blocks finds it again. Dropout must be off there; 0 bytes switch it off.
         """
-        depth = self._depth(trainable)
+        depth, attached = self._depth(trainable), self._attached
+        if attached is not None and attached.depends_on_itself:
+            depth = min(depth, attached.lowest)  # all blocks run
         self._prefix = None
-        if not max_bytes or not depth:
+        if not max_bytes or not (depth or attached):
             return
         if self._cache is None or self._cache.max_bytes != max_bytes:
             self._cache = PrefixCache(max_bytes)
+        if not depth:
+            return
         blocks = self.blocks
         chosen = [self._blocks.index(block) for block in blocks[:depth]]
         below = {n: p for n, p in self._live.items() if self.spec.block_of.get(n.rpartition(".")[0], -1) in chosen}
@@ -228,7 +299,9 @@ class AdaptedModel:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(examples, classes), or (examples, length, words) of a language model."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        read = {} if self._attachment is None else self._attachment.columns
+        inputs = {name: tensor for name, tensor in batch.items() if name in self._accepted or name in read}
+        inputs.pop("labels", None)
         if self._prefix is None:
             return self._forward(inputs)
         self._prefix.prepare(inputs, self._forward)
@@ -241,13 +314,67 @@ class AdaptedModel:
             self._prefix.clear()
 
     def _forward(self, inputs: Batch) -> torch.Tensor:
+        own = self._padded({name: tensor for name, tensor in inputs.items() if name in self._accepted})
         with training.arithmetic(self.settings.dtype, self.device.type):
-            logits: torch.Tensor = self.base(**inputs, **self._inputs).logits
+            if self._attached is not None:
+                side = {name: tensor for name, tensor in inputs.items() if name not in own}
+                self._attached.begin(own, side, partial(self._query, own))
+            logits: torch.Tensor = self.base(**own, **self._inputs).logits
         return logits
+
+    def logits_from(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
+        """Logits of given states in place of what the blocks below give; every position counts.
+
+        Args:
+            hidden: (examples, length, width), with or without a graph.
+            depth: Position of the running block that they enter.
+        """
+        blocks, whole = self.blocks, getattr(self._block_owner, self._block_attribute)
+        hook = blocks[depth].register_forward_pre_hook(
+            lambda _, args, kwargs: ((hidden, *args[1:]), kwargs), with_kwargs=True
+        )
+        setattr(self._block_owner, self._block_attribute, entered_at(blocks, depth))
+        try:
+            return self._forward(self._inputs_like(hidden))
+        finally:
+            setattr(self._block_owner, self._block_attribute, whole)
+            hook.remove()
+
+    def _inputs_like(self, hidden: torch.Tensor) -> Batch:
+        """Inputs of as many examples and positions; what they hold does not matter, as long as it is no padding."""
+        if self.settings.task == "image-classification":
+            return {"pixel_values": self.made_up_batch(len(hidden))["pixel_values"]}
+        config: Any = self.base.config
+        word = 0 if config.pad_token_id != 0 else 1
+        words = torch.full(hidden.shape[:2], word, dtype=torch.long, device=self.device)
+        return {"input_ids": words, "attention_mask": torch.ones_like(words)}
+
+    def _query(self, inputs: Batch, pooling: Pooling) -> torch.Tensor:
+        """(examples, width) pooled last hidden states, dropout off, without a graph; remembered with prefixes."""
+
+        def run(batch: Batch) -> torch.Tensor:
+            return pool_hidden(self._hidden(batch), batch.get("attention_mask"), pooling)
+
+        return by_example(self._cache, f"query {pooling} {self._base_number}".encode(), inputs, run)
+
+    def _hidden(self, inputs: Batch) -> torch.Tensor:
+        """(examples, length, width) last hidden states."""
+        backbone: Any = self.base.base_model
+        training_modules = [module for module in self.base.modules() if module.training]
+        for module in training_modules:
+            module.training = False
+        try:
+            with torch.no_grad():
+                hidden: torch.Tensor = backbone(**inputs, **self._inputs).last_hidden_state
+        finally:
+            for module in training_modules:
+                module.training = True
+        return hidden
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Mean cross-entropy over the batch's targets (`training.num_targets`), a scalar with its graph."""
-        return cross_entropy(self.logits(batch), batch["labels"]) / training.num_targets(batch).clamp(min=1)
+        mean = cross_entropy(self.logits(batch), batch["labels"]) / training.num_targets(batch).clamp(min=1)
+        return mean if self._attached is None else self._attached.loss(mean)
 
     def program(
         self,
@@ -269,8 +396,11 @@ class AdaptedModel:
         if kind is not None and kind.projection is not None and not self.has_storage:
             # Tracing is to see the step that costs most: one that renews its projectors.
             kind = replace(kind, projection=replace(kind.projection, gap=1))
-        shapes = lora.shapes(self.spec, plan.ranks)
-        if self.has_storage:
+        shapes = attachments.shapes(self.spec, plan.ranks, plan.attachment)
+        tensors: Tensors
+        if self.has_storage and plan.attachment is not None:
+            tensors = attachments.init(self.spec, plan.attachment, np.random.default_rng(0))
+        elif self.has_storage:
             tensors = lora.init(self.spec, plan.ranks, np.random.default_rng(0))
         else:
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -300,17 +430,24 @@ class AdaptedModel:
         )
 
     def noisy_sum(
-        self, trained: Mapping[str, nn.Parameter], kind: StepKind | None, expected_examples: float, seed: int = 0
+        self,
+        trained: Mapping[str, nn.Parameter],
+        kind: StepKind | None,
+        expected_examples: float,
+        seed: int | bytes = 0,
     ) -> NoisySum | None:
         """What a private step of the kind sums clipped gradients in; ``None`` where the kind is not private."""
         if kind is None or kind.private is None:
             return None
+        if self._attached is not None:
+            raise ModelError("a private step must train pairs and head alone, got an attachment; choose ffa-lora")
         return NoisySum(self.base, trained, kind.private, expected_examples=expected_examples, seed=seed)
 
     def resident(self) -> list[torch.Tensor]:
         """Weights and buffers of the running model, and what is remembered of frozen prefixes."""
         remembered = [] if self._cache is None else self._cache.tensors()
-        return [*self.base.parameters(), *self.base.buffers(), *remembered]
+        attached = [] if self._attached is None else self._attached.standing()
+        return [*self.base.parameters(), *self.base.buffers(), *attached, *remembered]
 
     def adapter_config(self, ranks: Mapping[str, int]) -> LoraConfig:
         """PEFT's description of adapters of these ranks: whole module paths throughout; alpha is ``scale * rank``.
@@ -339,36 +476,54 @@ class AdaptedModel:
 
     def head_modules(self) -> tuple[str, ...]:
         """Modules that hold the head's tensors and nothing else, for PEFT's ``modules_to_save``."""
-        prefix = f"{self.base.base_model_prefix}."
+        prefix = backbone_of(self.base)
         owners = (n.rpartition(".")[0] if n.startswith(prefix) else n.partition(".")[0] for n in self.spec.head)
         return tuple(dict.fromkeys(owners))
 
     def made_up_batch(self, examples: int) -> Batch:
-        """Inputs of full size and their labels; of texts, each but the first ends in one position of padding."""
+        """Inputs of full size and their labels, and what the loaded attachment reads besides.
+
+        Of texts, each but the first ends in one position of padding.
+        """
+        columns = {} if self._attachment is None else self._attachment.columns
+        side = {name: torch.zeros(examples, *shape, device=self.device) for name, shape in columns.items()}
         labels = torch.zeros(examples, dtype=torch.long, device=self.device)
         if self.settings.task == "image-classification":
-            config: Any = self.base.config
+            config = backbone_config(self.base)
             size = self.settings.image_size or config.image_size
             pixels = torch.zeros(examples, config.num_channels, size, size, device=self.device)
-            return {"pixel_values": pixels, "labels": labels}
+            return {"pixel_values": pixels, **side, "labels": labels}
         shape = (examples, self.settings.max_length)
         words = torch.ones(shape, dtype=torch.long, device=self.device)
         mask = torch.ones(shape, dtype=torch.long, device=self.device)
         mask[1 if examples > 1 else 0 :, -1] = 0
         if self.settings.task == "causal-lm":
             labels = torch.ones(shape, dtype=torch.long, device=self.device)
-        return {"input_ids": words, "attention_mask": mask, "labels": labels}
+        return {"input_ids": words, "attention_mask": mask, **side, "labels": labels}
 
     def _install(
-        self, ranks: Mapping[str, int], tensors: Tensors, base_delta: BaseDelta, blocks: Sequence[int] | None
+        self,
+        ranks: Mapping[str, int],
+        tensors: Tensors,
+        base_delta: BaseDelta,
+        blocks: Sequence[int] | None,
+        attachment: Attachment | None,
     ) -> None:
         self._prefix = None
         self._close_weights()
-        check_tensors(self.spec, ranks, tensors)
+        check_tensors(self.spec, ranks, tensors, attachment)
+        if attachment is not None and (ranks or blocks is not None):
+            raise ModelError(
+                "a plan or deployment with an attachment must have no pairs and load all blocks, "
+                f"got {len(ranks)} pairs and blocks {blocks}; leave ranks and blocks out"
+            )
         if blocks is not None:
             self._check_blocks(ranks, tuple(blocks))
-        if dict(ranks) != self._ranks:
+        if dict(ranks) != self._ranks or attachment != self._attachment:
             self._inject(ranks)
+            self._attach(attachment)
+        if self._attached is not None:
+            self._attached.forget()  # else it would stand through all that the next task is charged for
         self._run_blocks(range(self.spec.num_blocks) if blocks is None else blocks)
         self._copy(tensors)
         self._change_base(base_delta)
@@ -406,6 +561,19 @@ class AdaptedModel:
                     adapter |= self._fill(module, ranks[module])
         self._live = adapter | self._live
         self._ranks = dict(ranks)
+
+    def _attach(self, attachment: Attachment | None) -> None:
+        """Replaces what is hooked onto the base; its parameters are without values yet."""
+        if self._attached is not None:
+            self._attached.remove()
+        self._attachment, self._attached = attachment, None
+        if attachment is None:
+            return
+        with self.mode:
+            self._attached = attach(attachment, self.spec, self.base, self.device)
+        replaced = attachment.replaces(self.spec)
+        head = {name: parameter for name, parameter in self._live.items() if name not in replaced}
+        self._live = self._attached.parameters | head  # there are no pairs
 
     def _fill(self, module: str, rank: int) -> dict[str, nn.Parameter]:
         """Gives a module's pair storage; returns it by global name."""
@@ -461,7 +629,7 @@ class AdaptedModel:
                 )
             whole[name] = self._parameters[name]
         pairs = {name: parameter for name, parameter in self._live.items() if name not in self.spec.head}
-        head = {name: self._parameters[name] for name in self.spec.head}
+        head = {name: self._parameters[name] for name in self.spec.head if name in self._live}
         self._live = pairs | whole | head
         if self.has_storage:
             self._starts = {name: parameter.detach().to("cpu", copy=True) for name, parameter in whole.items()}
@@ -514,8 +682,10 @@ def ranks_of(tensors: Tensors) -> dict[str, int]:
     return {module: int(tensors[lora.a_name(module)].shape[0]) for module in lora.modules_of(tensors)}
 
 
-def check_tensors(spec: ModelSpec, ranks: Mapping[str, int], tensors: Tensors) -> None:
-    """Refuses tensors that are not exactly those of the ranks and the head.
+def check_tensors(
+    spec: ModelSpec, ranks: Mapping[str, int], tensors: Tensors, attachment: Attachment | None = None
+) -> None:
+    """Refuses tensors that are not exactly those of the ranks, the attachment and the head.
 
     Raises:
         ModelError: A module is unknown, a rank is below 1, or a name or a shape differs.
@@ -526,11 +696,11 @@ def check_tensors(spec: ModelSpec, ranks: Mapping[str, int], tensors: Tensors) -
     low = sorted(module for module, rank in ranks.items() if rank < 1)
     if low:
         raise ModelError(f"a rank must be at least 1, got less for {some(low)}; leave the module out instead")
-    expected = lora.shapes(spec, ranks)
+    expected = attachments.shapes(spec, ranks, attachment)
     if expected.keys() != tensors.keys():
         extra, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
         raise ModelError(
-            "tensors must be exactly those of the plan's ranks and the head, "
+            "tensors must be exactly those of the plan's ranks, its attachment and the head, "
             f"got {some(extra)} too many and {some(missing)} missing"
         )
     for name, shape in expected.items():
@@ -583,12 +753,25 @@ def _modules_before(base: nn.Module, path: str) -> list[nn.Module]:
     return [base.get_submodule(name) for name in before if name and not f"{path}.".startswith(f"{name}.")]
 
 
+def _width(base: Any) -> int:
+    """Entries of a hidden state."""
+    return int(getattr(backbone_config(base), "hidden_size", 0))
+
+
 def _extra_inputs(base: Any, settings: ModelSettings) -> dict[str, bool]:
     """What a forward pass needs beside the batch."""
-    resized = settings.image_size is not None and settings.image_size != getattr(base.config, "image_size", None)
-    if resized and "interpolate_pos_encoding" in inspect.signature(base.forward).parameters:
-        return {"interpolate_pos_encoding": True}
-    return {}
+    if settings.image_size is None or settings.image_size == getattr(backbone_config(base), "image_size", None):
+        return {}
+    taken: Mapping[str, inspect.Parameter] = inspect.signature(base.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):  # handed on to the encoder
+        taken = {**taken, **inspect.signature(base.get_submodule(backbone_of(base)[:-1]).forward).parameters}
+    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in taken else {}
+
+
+def _padding(base: Any, settings: ModelSettings) -> int | None:
+    """Token by which a decoder finds the end of a text; ``None`` for a model that does not look for it."""
+    looks = settings.task == "sequence-classification" and hasattr(base, "score")
+    return int(base.config.pad_token_id) if looks else None
 
 
 def _whole(value: float) -> float | int:

@@ -159,12 +159,21 @@ def _config(settings: ModelSettings, num_labels: int | None) -> Any:
     if num_labels is not None:
         config.num_labels = num_labels
     if settings.dropout is not None:
-        for name in _DROPOUTS:
-            if isinstance(getattr(config, name, None), int | float):
-                setattr(config, name, settings.dropout)
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            for name in _DROPOUTS:
+                if isinstance(getattr(part, name, None), int | float):
+                    setattr(part, name, settings.dropout)
+    if settings.task == "sequence-classification" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = _end_of_text(config)  # a decoder is read at its last token that is not padding
     if hasattr(config, "use_cache"):
         config.use_cache = False  # the cache of generation is dead weight in training
     return config
+
+
+def _end_of_text(config: Any) -> int:
+    """What fills up where a model names no padding; as `data.text.pad_id` has it."""
+    end = getattr(config, "eos_token_id", None)
+    return int((end[0] if isinstance(end, list) else end) or 0)
 
 
 def _unreachable(settings: ModelSettings, error: Exception) -> ModelError:
@@ -245,12 +254,25 @@ def _with_weights(config: Any, settings: ModelSettings) -> tuple[nn.Module, froz
 
 def _outside(base: nn.Module) -> frozenset[str]:
     """Parameters that do not belong to the backbone: what a task puts on top."""
-    prefix = f"{base.base_model_prefix}."
+    prefix = backbone_of(base)
     return frozenset(name for name, _ in base.named_parameters() if not name.startswith(prefix))
 
 
+def backbone_of(base: Any) -> str:
+    """What names below the head open with: transformers' prefix, or the part with the blocks where there is no such."""
+    prefix = str(base.base_model_prefix)
+    return f"{prefix if hasattr(base, prefix) else find_blocks(base)[1].partition('.')[0]}."
+
+
+def backbone_config(base: Any) -> Any:
+    """Configuration of the part with the blocks: of a model of images and texts, that of its input."""
+    if base.main_input_name == "pixel_values" and hasattr(base.config, "vision_config"):
+        return base.config.vision_config
+    return base.config.get_text_config()
+
+
 def _pooler(base: nn.Module) -> frozenset[str]:
-    prefix = f"{base.base_model_prefix}.pooler."
+    prefix = f"{backbone_of(base)}pooler."
     return frozenset(name for name, _ in base.named_parameters() if name.startswith(prefix))
 
 
@@ -295,7 +317,7 @@ def _head_values(base: Any, names: Sequence[str], fresh: Iterable[str], seed: in
 
 def find_blocks(base: Any) -> tuple[nn.ModuleList, str]:
     """The list of transformer blocks and its path."""
-    count = base.config.get_text_config().num_hidden_layers
+    count = backbone_config(base).num_hidden_layers
     found = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     outermost = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outermost) != 1:

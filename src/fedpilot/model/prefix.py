@@ -45,20 +45,21 @@ class PrefixCache:
         self._turn += 1
         self._prefix = prefix
 
-    def get(self, example: bytes) -> torch.Tensor | None:
-        """The prefix's output for an example, (length, width)."""
-        found = self._kept.get((self._prefix, example))
+    def get(self, example: bytes, prefix: bytes | None = None) -> torch.Tensor | None:
+        """The output for an example, (length, width), of the turn's prefix or of another."""
+        key = (self._prefix if prefix is None else prefix, example)
+        found = self._kept.get(key)
         if found is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._kept[self._prefix, example] = (self._turn, found[1])
-        self._kept.move_to_end((self._prefix, example))
+        self._kept[key] = (self._turn, found[1])
+        self._kept.move_to_end(key)
         return found[1]
 
-    def put(self, example: bytes, view: torch.Tensor) -> None:
+    def put(self, example: bytes, view: torch.Tensor, prefix: bytes | None = None) -> None:
         """Keeps a copy if there is room, or room can be made."""
-        size, key = view.nbytes, (self._prefix, example)
+        size, key = view.nbytes, (self._prefix if prefix is None else prefix, example)
         if key in self._kept or size > self.max_bytes:
             return
         while self.num_bytes + size > self.max_bytes:
@@ -128,6 +129,30 @@ class Prefix:
         raise AssertionError("the last block of the prefix runs in every forward pass")
 
 
+def by_example(
+    cache: PrefixCache | None, name: bytes, inputs: Inputs, run: Callable[[Inputs], torch.Tensor]
+) -> torch.Tensor:
+    """``run(inputs)``, (examples, width), where each row follows from its example alone: known rows are not run again.
+
+    Args:
+        cache: Keeps rows; ``None`` runs all.
+        name: Of all that the rows depend on beside the example.
+        inputs: A batch without its labels.
+        run: From inputs to rows.
+    """
+    if cache is None:
+        return run(inputs)
+    keys = [key for key, _ in _examples(inputs)]
+    found = [cache.get(key, name) for key in keys]
+    missing = [index for index, row in enumerate(found) if row is None]
+    if missing:
+        made = run(inputs if len(missing) == len(keys) else {n: t[missing] for n, t in inputs.items()})
+        for row, index in zip(made, missing, strict=True):
+            found[index] = row
+            cache.put(keys[index], row, name)
+    return torch.stack([row for row in found if row is not None])
+
+
 class _ReachedError(Exception):
     """The prefix is done; what follows is not needed."""
 
@@ -160,6 +185,11 @@ class _Gives(_PassesOn):
     def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         assert self.hidden is not None, "prepared before every forward pass"
         return self.hidden
+
+
+def entered_at(blocks: Sequence[nn.Module], depth: int) -> nn.ModuleList:
+    """The blocks, of which those below ``depth`` do nothing."""
+    return nn.ModuleList([*(_PassesOn(block) for block in blocks[:depth]), *blocks[depth:]])
 
 
 def _examples(inputs: Inputs) -> list[tuple[bytes, int | None]]:

@@ -3,7 +3,7 @@
 from fedpilot.privacy.accounting import Spent, epsilon, noise_for, plus, sample_rate
 from fedpilot.privacy.budget import Budget, released
 from fedpilot.privacy.client_dp import ClientDP, LocalNoise
-from fedpilot.privacy.dp_sgd import NoisySum, poisson_draws
+from fedpilot.privacy.dp_sgd import NoisySum, draws, poisson_draws
 from fedpilot.privacy.fixed_point import FixedPoint
 from fedpilot.privacy.secure_aggregation import SecureSum
 
@@ -15,6 +15,7 @@ __all__ = [
     "NoisySum",
     "SecureSum",
     "Spent",
+    "draws",
     "epsilon",
     "noise_for",
     "plus",

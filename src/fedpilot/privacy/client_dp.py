@@ -12,21 +12,23 @@ the cohorts: records name them and stay with the server.
 then any two updates of one client, 2 C apart at most, and sampling hides nothing. What is charged is a client that
 takes part in every round.
 
-Noise follows from the run's seed, so that runs repeat; whoever knows the seed can take it off again. A deployment draws
-secret noise.
+In one process noise follows from the run's seed, so that runs repeat; whoever knows the seed can take it off again. In
+a deployment it follows from a secret of the node, or for the sum of the server.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
 from fedpilot import tensors
-from fedpilot.errors import PlanError
+from fedpilot.errors import PlanError, UploadError
+from fedpilot.privacy import primitives
 from fedpilot.privacy.accounting import Spent, epsilon
+from fedpilot.privacy.noise import SecretNoise, seed_of
 from fedpilot.types import Averages, Averaging, ClientProfile, Task, Tensors, Upload
 
 CENTRAL, LOCAL = 7, 8  # what a noise generator is for, beside the seed, the round and the client
@@ -141,9 +143,29 @@ def clipped_change(upload: Upload, sent: Tensors, clip: float) -> Tensors:
     return step if norm <= clip else tensors.scale(step, clip / norm)
 
 
-def noise_like(of: Tensors, deviation: float, seed: Sequence[int]) -> Tensors:
-    """Gaussian noise for each tensor, in name order."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+def change(upload: Upload, sent: Tensors) -> Tensors:
+    """The update ``upload - sent`` in float64; a pair of a smaller rank is held against the same slots.
+
+    Raises:
+        UploadError: It holds a tensor that was not sent.
+    """
+    if foreign := sorted(upload.tensors.keys() - sent.keys()):
+        raise UploadError(f"an update must be of tensors that were sent, got {foreign[0]}; send what the plan trains")
+    return {name: tensor.double() - _slots(sent[name], tensor).double() for name, tensor in upload.tensors.items()}
+
+
+def noise_like(of: Tensors, deviation: float, seed: Sequence[int] | bytes) -> Tensors:
+    """Gaussian noise for each tensor, in name order.
+
+    Args:
+        of: Whose shapes and dtypes it has.
+        deviation: Standard deviation.
+        seed: Numbers, or a secret key of 32 bytes.
+    """
+    if isinstance(seed, bytes):
+        secret = SecretNoise(seed)
+        return {name: secret.fill(torch.empty_like(of[name]), deviation) for name in sorted(of)}
+    generator = torch.Generator().manual_seed(seed_of(seed))
     return {
         name: torch.randn(of[name].shape, generator=generator, dtype=of[name].dtype) * deviation for name in sorted(of)
     }
@@ -157,6 +179,7 @@ def noisy_mean(
     *,
     expected_clients: float,
     seed: Sequence[int],
+    secret: bytes | None = None,
 ) -> Iterator[Upload]:
     """The round as one upload: ``present + (Σ clipped changes + noise) / expected_clients``; it is there in any case.
 
@@ -169,16 +192,56 @@ def noisy_mean(
         present: Global values of every tensor that the method trains.
         expected_clients: Mean size of a cohort.
         seed: Of this round's noise.
+        secret: Of the server, for noise that does not follow from the seed; see `released`.
     """
     total = {name: torch.zeros_like(tensor) for name, tensor in present.items()}
     for upload in uploads:
         for name, step in clipped_change(upload, distribute(upload.client_id).tensors, private.clip).items():
             _slots(total[name], step).add_(step)
         del upload
-    noise = noise_like(present, private.noise_multiplier * private.clip, [*seed, CENTRAL])
-    moved = {name: value + (total[name] + noise[name]) / expected_clients for name, value in present.items()}
-    ranks = [value.shape[0] for name, value in present.items() if name.endswith(".lora_A")]
-    yield Upload(NOBODY, 1, moved, {"rank": float(max(ranks, default=0))})
+    yield released(private, total, present, expected_clients=expected_clients, seed=seed, secret=secret)
+
+
+def released(
+    private: ClientDP,
+    total: Tensors,
+    present: Tensors,
+    *,
+    expected_clients: float,
+    seed: Sequence[int],
+    secret: bytes | None = None,
+) -> Upload:
+    """``present + (total + noise) / expected_clients`` as one upload.
+
+    Args:
+        private: Deviation of the noise.
+        total: Σ of clipped changes.
+        present: Global values.
+        expected_clients: Mean size of a cohort.
+        seed: Of this round's noise.
+        secret: Key that the noise follows from instead, together with the seed and the total: a round that is repeated
+            with another total gets other noise, since the difference of two sums under one noise is a sum without any.
+    """
+    deviation = private.noise_multiplier * private.clip
+    source = [*seed, CENTRAL] if secret is None else keyed(secret, f"sum, {list(seed)}, {tensors.digest(total)}")
+    noise = noise_like(present, deviation, source)
+    moved = {
+        name: value + ((total[name] + noise[name]) / expected_clients).to(value.dtype)
+        for name, value in present.items()
+    }
+    return summed(moved)
+
+
+def summed(moved: Tensors) -> Upload:
+    """A round's outcome as the one upload that stands for all."""
+    ranks = [value.shape[0] for name, value in moved.items() if name.endswith(".lora_A")]
+    ranks += [value.shape[1] for name, value in moved.items() if name.endswith(".lora_B")]
+    return Upload(NOBODY, 1, moved, {"rank": float(max(ranks, default=0))})
+
+
+def keyed(secret: bytes, purpose: str) -> bytes:
+    """A key for one purpose."""
+    return primitives.derived(secret, f"fedpilot noise: {purpose}")
 
 
 def trained_by(present: Tensors, patterns: Sequence[str]) -> Tensors:
@@ -194,15 +257,18 @@ class LocalNoise:
     Attributes:
         private: Clipping and noise.
         seed: Numbers that no other client and round has.
+        secret: Key that the noise follows from instead.
     """
 
     private: ClientDP
     seed: Sequence[int]
+    secret: bytes | None = field(default=None, repr=False)
 
     def __call__(self, task: Task, upload: Upload) -> Upload:
         """The clipped and noisy upload, without what it says of the client's data."""
         step = clipped_change(upload, task.tensors, self.private.clip)
-        noise = noise_like(step, self.private.noise_multiplier * self.private.clip, [*self.seed, LOCAL])
+        source = [*self.seed, LOCAL] if self.secret is None else keyed(self.secret, "upload")
+        noise = noise_like(step, self.private.noise_multiplier * self.private.clip, source)
         moved = {name: _slots(task.tensors[name], step[name]) + step[name] + noise[name] for name in upload.tensors}
         return replace(upload, tensors=moved, metrics=public(upload.metrics))
 

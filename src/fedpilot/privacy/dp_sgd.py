@@ -14,17 +14,29 @@ import torch
 from torch import nn
 
 from fedpilot.errors import ModelError
+from fedpilot.privacy import primitives
+from fedpilot.privacy.noise import SecretNoise
 from fedpilot.types import ExampleDP
 
 _Sampler = Callable[[nn.Module, list[torch.Tensor], torch.Tensor], Mapping[nn.Parameter, torch.Tensor]]
 
 
+def draws(seed: int | bytes) -> torch.Generator | SecretNoise:
+    """What a private step's examples are drawn from: a seed, or a secret key, which the theorem asks for."""
+    if isinstance(seed, bytes):
+        return SecretNoise(primitives.derived(seed, "fedpilot noise: draws"))
+    return torch.Generator().manual_seed(seed)
+
+
 def poisson_draws(
-    num_examples: int, sample_rate: float, num_steps: int, generator: torch.Generator
+    num_examples: int, sample_rate: float, num_steps: int, generator: torch.Generator | SecretNoise
 ) -> Iterator[list[int]]:
     """Positions of each step's examples: each is in with probability ``sample_rate``, by itself; may be none."""
     for _ in range(num_steps):
-        drawn = torch.rand(num_examples, generator=generator, dtype=torch.float64) < sample_rate
+        if isinstance(generator, SecretNoise):
+            drawn = generator.uniform(num_examples) < sample_rate
+        else:
+            drawn = torch.rand(num_examples, generator=generator, dtype=torch.float64) < sample_rate
         yield drawn.nonzero().flatten().tolist()
 
 
@@ -40,7 +52,7 @@ class NoisySum:
         parameters: What is trained, by global name.
         private: Clipping norm and noise.
         expected_examples: Mean size of a batch, which the sum is divided by.
-        seed: Of the noise. Whoever knows it can take the noise off again: a deployment draws a secret one.
+        seed: Of the noise, which whoever knows it can take off again; or a secret key.
 
     Raises:
         ModelError: A trained tensor lies in a layer whose gradients by example have no formula, or Opacus is not
@@ -54,7 +66,7 @@ class NoisySum:
         private: ExampleDP,
         *,
         expected_examples: float,
-        seed: int = 0,
+        seed: int | bytes = 0,
     ) -> None:
         if private.noise_multiplier and not math.isfinite(private.clip):
             raise ModelError(f"clip must be finite where there is noise, got {private.clip}; set it to a norm")
@@ -62,6 +74,9 @@ class NoisySum:
         self._private = private
         self._expected = expected_examples
         self._formulas = _formulas(model, parameters)
+        self._secret: SecretNoise | None = None
+        if isinstance(seed, bytes):
+            self._secret, seed = SecretNoise(primitives.derived(seed, "fedpilot noise: steps")), 0
         self._generator = torch.Generator(self._parameters[0].device).manual_seed(seed)
         self._by_example: dict[nn.Parameter, torch.Tensor] = {}
         self.sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in self._parameters]
@@ -77,7 +92,10 @@ class NoisySum:
         deviation = private.noise_multiplier * private.clip if private.noise_multiplier else 0.0
         for parameter, total in zip(self._parameters, self.sums, strict=True):
             parameter.grad = None  # it was the last step's sum
-            total.normal_(0.0, deviation, generator=self._generator)
+            if self._secret is None:
+                total.normal_(0.0, deviation, generator=self._generator)
+            else:
+                self._secret.fill(total, deviation)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

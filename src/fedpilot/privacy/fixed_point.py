@@ -5,6 +5,7 @@ weight for each slot: row i of an A, column i of a B, or a whole tensor of anoth
 writes zeros, also for its weight: under masks nobody sees who held what, and the sums still give the mean over holders.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -40,6 +41,32 @@ class FixedPoint:
     max_clients: int = 100
     max_weight: int = 1
     bits: Literal[32, 64] = 32
+
+    @classmethod
+    def finest(
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        bound: float,
+        max_clients: int,
+        max_weight: int,
+        bits: Literal[32, 64],
+    ) -> "FixedPoint":
+        """The one with the smallest power of two for a step at which no sum can wrap around.
+
+        >>> FixedPoint.finest({}, bound=4.0, max_clients=10, max_weight=1, bits=32).step == 2.0**-25
+        True
+        """
+        room = 2.0 ** (bits - 1) / (max_clients * max_weight) - 1
+        if room <= 1:
+            raise PlanError(
+                f"weights must leave room for a sum in {bits} bits, got {max_clients} clients of weight up to "
+                f"{max_weight}; take 64 bits or weights 'uniform'"
+            )
+        exponent = math.floor(math.log2(room / bound))
+        if max_clients * max_weight * max(bound * 2.0**exponent + 1, 1) >= 2 ** (bits - 1):
+            exponent -= 1
+        return cls(shapes, 2.0**-exponent, bound, max_clients, max_weight, bits)
 
     def __post_init__(self) -> None:
         if not (self.step > 0 and self.bound > 0 and self.max_clients > 0 and self.max_weight > 0):
@@ -149,6 +176,31 @@ class Sums:
             total_weight: Divides every slot where given, as if who lacked it had sent zeros (HetLoRA's padding).
         """
         return dict(self._means(present, total_weight))
+
+    def moved(self, present: Tensors, *, padded: bool) -> Tensors:
+        """The mean of what clients hold, where what was summed is how it differs from the present values.
+
+        Args:
+            present: Present values of every tensor, whose leading slots the clients started from.
+            padded: Whether a slot that a client lacks counts as a zero of its weight; else it does not count.
+
+        Returns:
+            Each tensor that somebody held; without padding, a slot that nobody held as it was.
+        """
+        return dict(self._moved(present, padded))
+
+    def _moved(self, present: Tensors, padded: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, change in self.values.items():
+            held = self.weights[name]
+            if not bool((held > 0).any()):
+                continue
+            old = present[name].double()
+            axis, shape = _slot_axis(name), [1] * old.dim()
+            if axis is not None:
+                shape[axis] = -1
+            of_slot = held.reshape(shape)
+            mean = (old * of_slot + change) / held.max() if padded else old + change / of_slot.clamp(min=1.0)
+            yield name, mean.to(present[name].dtype)
 
     def _means(self, present: Tensors, total_weight: float | None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in self.values.items():

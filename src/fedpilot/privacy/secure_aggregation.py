@@ -7,7 +7,7 @@ A round has four trips, each of them pure functions over frozen messages:
 1. *advertise*: every client draws two X25519 key pairs, one for letters and one for masks; the server hands all public
    keys to all.
 2. *share*: every client draws a seed of its own and sends Shamir shares of it, and of its mask key, to each other one,
-   encrypted through the server.
+   encrypted through the server, with a hash of each share in the open.
 3. *masked input*: ``y_u = x_u + PRG(b_u) + Σ_{v > u} PRG(s_uv) - Σ_{v < u} PRG(s_uv)``, modulo 2^32 or 2^64, with b_u
    its own seed and s_uv what it and v agree on. The server adds up what comes.
 4. *unmask*: for a client whose input came the others give their shares of its seed, for one that left their shares of
@@ -23,23 +23,18 @@ screening and robust rules, which look at single uploads. The layout and its qua
 Differs from the paper: no trip for signatures on who left; the threshold of more than half stands in for it.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedpilot.errors import PlanError, SecureSumError
-from fedpilot.privacy import shamir
+from fedpilot.errors import SecureSumError
+from fedpilot.privacy import primitives, shamir
 from fedpilot.privacy.fixed_point import FixedPoint, Sums, Words
-from fedpilot.types import Averages, Tensors
-
-Random: TypeAlias = Callable[[int], bytes]
-"""Gives so many secret random bytes."""
-
-KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
-
+from fedpilot.privacy.primitives import KEY_BYTES, Random
+from fedpilot.types import Tensors
 
 # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -61,10 +56,18 @@ class PublicKeys:
 
 @dataclass(frozen=True)
 class Letters:
-    """Trip 2, up: one encrypted letter to each other client, which the server passes on and cannot read."""
+    """Trip 2, up: one encrypted letter to each other client, which the server passes on and cannot read.
+
+    Attributes:
+        client_id: Who.
+        to: Receiver -> letter.
+        hashes: Receiver, the sender among them -> SHA-256 of its share of the seed and of its share of the mask key, by
+            which the server knows a share that somebody altered.
+    """
 
     client_id: int
     to: Mapping[int, bytes]
+    hashes: Mapping[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,38 +153,17 @@ class SecureSum:
     numbers: FixedPoint
     threshold: int
 
-    def check(self, algorithm: object) -> None:
-        """Refuses a method whose aggregation is not a sum, or which sends more than tensors.
-
-        Raises:
-            PlanError: As said.
-        """
-        how = algorithm.averaging if isinstance(algorithm, Averages) else None
-        by_examples = getattr(algorithm, "weights", "uniform") in ("uniform", "examples")
-        if how is None:
-            reason = "which stacks, decomposes or corrects them"
-        elif not how.tensors_only:
-            reason = "whose clients also send scores, ranks or counts, which would travel openly"
-        elif not by_examples:
-            reason = "which weighs clients by what they send"
-        else:
-            return
-        raise PlanError(
-            "secure aggregation must go with a method that needs only sums of uploads, got "
-            f"{type(algorithm).__name__}, {reason}; take fedit, ffa-lora, hetlora with gamma 1 and weights 'uniform' "
-            "or 'examples', or fed-pilot with aggregation 'layerwise' and a solver without scores"
-        )
-
     # a client's side
 
-    def advertise(self, client_id: int, round: int, random: Random = os.urandom) -> tuple[Client, PublicKeys]:
+    @staticmethod
+    def advertise(client_id: int, round: int, random: Random = os.urandom) -> tuple[Client, PublicKeys]:
         """Trip 1: fresh keys; none is used in two rounds.
 
         Raises:
             PlanError: The package cryptography is not installed.
         """
         client = Client(client_id, round, random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES))
-        return client, PublicKeys(client_id, _public(client.letters_key), _public(client.masks_key))
+        return client, _keys_of(client)
 
     def share(
         self, client: Client, roster: Mapping[int, PublicKeys], random: Random = os.urandom
@@ -195,14 +177,14 @@ class SecureSum:
             raise SecureSumError("a client must share its secrets once a round, got a second roster; refuse the server")
         self.check_roster(roster)
         own = roster.get(client.client_id)
-        if own != PublicKeys(client.client_id, _public(client.letters_key), _public(client.masks_key)):
+        if own != _keys_of(client):
             raise SecureSumError(f"roster must hold the keys of client {client.client_id} as it sent them; refuse it")
         points = [_point(other) for other in roster]
         seeds = shamir.split(client.seed, self.threshold, points, random)
         keys = shamir.split(client.masks_key, self.threshold, points, random)
         letters = {
-            other: _sealed(
-                self._letter_key(client, keys_of.letters),
+            other: primitives.sealed(
+                self._letter_key(client, roster, keys_of.letters),
                 seeds[_point(other)] + keys[_point(other)],
                 _address(client.round, client.client_id, other),
                 random,
@@ -212,7 +194,8 @@ class SecureSum:
         }
         point = _point(client.client_id)
         shared = replace(client, roster=dict(roster), shares={client.client_id: (seeds[point], keys[point])})
-        return shared, Letters(client.client_id, letters)
+        hashes = {k: (_hash(seeds[_point(k)]), _hash(keys[_point(k)])) for k in roster}
+        return shared, Letters(client.client_id, letters, hashes)
 
     def mask(
         self, client: Client, letters: Mapping[int, bytes], tensors: Tensors, weight: int = 1
@@ -235,8 +218,9 @@ class SecureSum:
         for sender, letter in letters.items():
             if sender == client.client_id or sender not in client.roster:
                 raise SecureSumError(f"letters must come from others on the roster, got one from {sender}; refuse it")
-            key = self._letter_key(client, client.roster[sender].letters)
-            both = _opened(key, letter, _address(client.round, sender, client.client_id))
+            key = self._letter_key(client, client.roster, client.roster[sender].letters)
+            address = _address(client.round, sender, client.client_id)
+            both = primitives.opened(key, letter, address, 2 * shamir.SHARE_BYTES)
             shares[sender] = both[: shamir.SHARE_BYTES], both[shamir.SHARE_BYTES :]
         if len(shares) < self.threshold:
             raise SecureSumError(
@@ -245,7 +229,7 @@ class SecureSum:
         vector = self.numbers.encoded(tensors, weight) + self._own_mask(client.seed, client.round)
         for other in shares:
             if other != client.client_id:
-                agreed = _agreed(client.masks_key, client.roster[other].masks)
+                agreed = primitives.agreed(client.masks_key, client.roster[other].masks)
                 vector = self._with_pair(vector, agreed, client.round, client.client_id, other)
         return replace(client, shares=shares, masked=True), MaskedInput(client.client_id, vector)
 
@@ -281,6 +265,17 @@ class SecureSum:
         return replace(client, answered=True, shares={}), answer
 
     # the server's side
+
+    @staticmethod
+    def usable(keys: PublicKeys) -> PublicKeys:
+        """The keys, where all others can agree on secrets with them; else one client would make all of them fail.
+
+        Raises:
+            SecureSumError: They cannot.
+        """
+        for public in (keys.letters, keys.masks):
+            primitives.agreed(os.urandom(KEY_BYTES), public)
+        return keys
 
     def check_roster(self, roster: Mapping[int, PublicKeys]) -> None:
         """Refuses a roster that the threshold does not suit.
@@ -333,6 +328,27 @@ class SecureSum:
             )
         return UnmaskRequest(arrived, frozenset(shared) - arrived)
 
+    def check_answer(self, dealt: Mapping[int, Letters], request: UnmaskRequest, answer: Unmasking) -> None:
+        """Refuses an answer whose shares are not those that were asked for and dealt.
+
+        Args:
+            dealt: Client -> its letters of trip 2.
+            request: What was asked.
+            answer: What came.
+
+        Raises:
+            SecureSumError: As said.
+        """
+        if answer.seeds.keys() != request.arrived or answer.keys.keys() != request.left:
+            raise SecureSumError(f"client {answer.client_id} must answer what it was asked; drop its answer")
+        for kind, shares in enumerate((answer.seeds, answer.keys)):
+            for client_id, share in shares.items():
+                if _hash(share) != dealt[client_id].hashes[answer.client_id][kind]:
+                    raise SecureSumError(
+                        f"client {answer.client_id} must give its share of client {client_id}'s secret as it was "
+                        "dealt, got another; drop its answer"
+                    )
+
     def total(
         self,
         round: int,
@@ -368,10 +384,10 @@ class SecureSum:
             vector -= self._own_mask(seed, round)
         for gone in sorted(request.left):
             key = self._secret({k: answer.keys[gone] for k, answer in given.items()})
-            if _public(key) != roster[gone].masks:
+            if primitives.public_key(key) != roster[gone].masks:
                 raise SecureSumError(f"shares of client {gone}'s mask key must give its key; somebody altered one")
             for other in sorted(request.arrived):  # adds what the client would have added
-                vector = self._with_pair(vector, _agreed(key, roster[other].masks), round, gone, other)
+                vector = self._with_pair(vector, primitives.agreed(key, roster[other].masks), round, gone, other)
         return self.numbers.decoded(vector)
 
     # masks
@@ -380,22 +396,30 @@ class SecureSum:
         return shamir.combined({_point(client_id): share for client_id, share in shares.items()}, self.threshold)
 
     def _own_mask(self, seed: bytes, round: int) -> Words:
-        return self._stream(_derived(seed, f"own mask, round {round}"))
+        return self._stream(_key(seed, f"own mask, round {round}"))
 
     def _with_pair(self, vector: Words, agreed: bytes, round: int, client_id: int, other: int) -> Words:
         """The vector with what the client adds for its agreement with another one."""
         low, high = sorted((client_id, other))
-        mask = self._stream(_derived(agreed, f"mask of {low} and {high}, round {round}"))
+        mask = self._stream(_key(agreed, f"mask of {low} and {high}, round {round}"))
         return vector + mask if client_id < other else vector - mask
 
     def _stream(self, key: bytes) -> Words:
-        """ChaCha20's key stream; a key is used once, so its nonce may be zero."""
-        algorithms = _primitives().algorithms
-        encryptor = _primitives().Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-        return np.frombuffer(encryptor.update(bytes(self.numbers.num_bytes)), dtype=self.numbers.dtype)
+        """Of a key that is used once."""
+        return np.frombuffer(primitives.Stream(key).read(self.numbers.num_bytes), dtype=self.numbers.dtype)
 
-    def _letter_key(self, client: Client, public: bytes) -> bytes:
-        return _derived(_agreed(client.letters_key, public), f"letters, round {client.round}")
+    def _letter_key(self, client: Client, roster: Mapping[int, PublicKeys], public: bytes) -> bytes:
+        """Of two clients that were told one roster: those who were told two cannot read each other."""
+        told = hashlib.sha256()
+        for client_id in sorted(roster):
+            told.update(client_id.to_bytes(8) + roster[client_id].letters + roster[client_id].masks)
+        agreed = primitives.agreed(client.letters_key, public)
+        return _key(agreed, f"letters, round {client.round}, among {told.hexdigest()}")
+
+
+def _keys_of(client: Client) -> PublicKeys:
+    letters, masks = primitives.public_key(client.letters_key), primitives.public_key(client.masks_key)
+    return PublicKeys(client.client_id, letters, masks)
 
 
 def _point(client_id: int) -> int:
@@ -403,79 +427,14 @@ def _point(client_id: int) -> int:
     return client_id + 1
 
 
+def _hash(share: bytes) -> bytes:
+    """Of 256 random bits, which it does not give away."""
+    return hashlib.sha256(b"fedpilot secure sum: share" + share).digest()
+
+
 def _address(round: int, sender: int, receiver: int) -> bytes:
     return f"round {round}, {sender} to {receiver}".encode()
 
 
-# --- primitives ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Primitives:
-    """What is used of the package cryptography."""
-
-    algorithms: Any
-    Cipher: Any
-    x25519: Any
-    AESGCM: Any
-    HKDF: Any
-    SHA256: Any
-    InvalidTag: type[Exception]
-
-
-def _primitives() -> _Primitives:
-    try:
-        from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.asymmetric import x25519
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-        from cryptography.hazmat.primitives.hashes import SHA256
-        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-    except ImportError as error:
-        raise PlanError(
-            f"secure aggregation needs the package cryptography, got {error}; pip install 'fedpilot[flower]'"
-        ) from error
-    return _Primitives(algorithms, Cipher, x25519, AESGCM, HKDF, SHA256, InvalidTag)
-
-
-def _public(private: bytes) -> bytes:
-    key: bytes = _primitives().x25519.X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
-    return key
-
-
-def _agreed(private: bytes, public: bytes) -> bytes:
-    """X25519 of one's private key and the other's public one."""
-    x25519 = _primitives().x25519
-    try:
-        other = x25519.X25519PublicKey.from_public_bytes(public)
-        secret: bytes = x25519.X25519PrivateKey.from_private_bytes(private).exchange(other)
-    except ValueError as error:
-        raise SecureSumError(f"a public key must be one of X25519, got {error}; drop its client") from error
-    return secret
-
-
-def _derived(secret: bytes, purpose: str) -> bytes:
-    """HKDF-SHA256 to a key for one purpose."""
-    kit = _primitives()
-    info = f"fedpilot secure sum: {purpose}".encode()
-    key: bytes = kit.HKDF(algorithm=kit.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(secret)
-    return key
-
-
-def _sealed(key: bytes, text: bytes, address: bytes, random: Random) -> bytes:
-    """AES-256-GCM; round, sender and receiver are bound to the text."""
-    nonce = random(NONCE_BYTES)
-    sealed: bytes = nonce + _primitives().AESGCM(key).encrypt(nonce, text, address)
-    return sealed
-
-
-def _opened(key: bytes, letter: bytes, address: bytes) -> bytes:
-    kit = _primitives()
-    expected = NONCE_BYTES + 2 * shamir.SHARE_BYTES + TAG_BYTES
-    if len(letter) != expected:
-        raise SecureSumError(f"a letter must have {expected} bytes, got {len(letter)}; refuse it")
-    try:
-        text: bytes = kit.AESGCM(key).decrypt(letter[:NONCE_BYTES], letter[NONCE_BYTES:], address)
-    except kit.InvalidTag as error:
-        raise SecureSumError(f"a letter ({address.decode()}) must be whole, got one that is not; refuse it") from error
-    return text
+def _key(secret: bytes, purpose: str) -> bytes:
+    return primitives.derived(secret, f"fedpilot secure sum: {purpose}")

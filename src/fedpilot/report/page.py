@@ -82,8 +82,12 @@ def try_to_write(path: Path) -> Path | None:
         return None
 
 
-def render(paths: Sequence[Path]) -> str:
+def render(paths: Sequence[Path], *, live: str | None = None) -> str:
     """The page as text.
+
+    Args:
+        paths: Run directories and folders of comparisons.
+        live: Version of what is shown, for a page that loads itself anew when there is another; see `watch`.
 
     Raises:
         RecordError: A directory has no run.
@@ -114,8 +118,21 @@ def render(paths: Sequence[Path]) -> str:
             script=script,
             style_hash=_hash(style),
             script_hash=_hash(script),
+            **_live(live),
         )
     )
+
+
+def waiting(names: Sequence[str], live: str) -> str:
+    """The page of runs that have nothing to show yet."""
+    style = theme.style() + _shipped("report.css")
+    template = _environment().get_template("waiting.html.j2")
+    return template.render(names=names, style=style, style_hash=_hash(style), **_live(live))
+
+
+def _live(version: str | None) -> dict[str, str | None]:
+    script = _shipped("watch.js")
+    return {"live": version, "live_script": script, "live_hash": _hash(script)}
 
 
 @cache

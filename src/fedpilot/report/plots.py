@@ -1,20 +1,42 @@
 """Plots: who has what data, who trains which blocks, how good the model is after each round."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from fedpilot.errors import FedpilotError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure  # an extra
 
 DPI = 120
 MOST_NUMBERS = 400
 """Cells of a heat map beyond which their numbers are left out."""
 MOST_NAMES = 60
 """Rows of a heat map beyond which they are not named."""
+
+
+ABSENT = "pictures must have matplotlib, got none installed; pip install 'fedpilot[report]'"
+
+
+def available() -> bool:
+    """Whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def require() -> None:
+    """Says how to get the library that draws.
+
+    Raises:
+        FedpilotError: It is not installed.
+    """
+    if not available():
+        raise FedpilotError(ABSENT)
 
 
 def partition_map(counts: NDArray[np.int64], clients: Sequence[str], classes: Sequence[str], path: Path) -> Path:
@@ -72,14 +94,50 @@ def metric_over_time(curves: Mapping[str, tuple[Sequence[float], Sequence[float]
     return _save(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def budgets_by_blocks(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    budgets: Mapping[str, float],
+    weights: float,
+    title: str,
+    path: Path,
+) -> Path:
+    """How much memory it takes to train so many blocks, beside budgets.
+
+    Args:
+        curves: Way to train -> (blocks trained, GiB) pairs.
+        budgets: What a budget is called -> GiB.
+        weights: GiB of the weights alone.
+        title: Above the plot.
+        path: The picture to write; its ending says the format.
+    """
+    figure, axes = _figure(width=7.2, height=4.6)
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    for name, budget in budgets.items():
+        axes.axhline(budget, color="0.45", linewidth=0.9, linestyle="--")
+        axes.annotate(name, (1.0, budget), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
+    axes.axhspan(0, weights, color="0.92", zorder=0, label="weights alone")
+    axes.set_ylim(0, 1.08 * max([weights, *budgets.values(), *(y for points in curves.values() for _, y in points)]))
+    axes.set_xlabel("blocks trained, the deepest")
+    axes.set_ylabel("peak memory, GiB")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="upper left")
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Without pyplot there is no global state and no window system to ask for.
     figure = Figure(figsize=(min(width, 24), height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
-def _heat_map(axes: Axes, values: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str], unit: str) -> None:
+def _heat_map(axes: "Axes", values: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str], unit: str) -> None:
     shown = np.ma.masked_less(values, 0)
     top = max(int(values.max(initial=0)), 1)
     axes.set_facecolor("0.8")
@@ -99,7 +157,7 @@ def _heat_map(axes: Axes, values: NDArray[np.int64], rows: Sequence[str], column
                 axes.text(column, row, str(value), ha="center", va="center", fontsize=7, color=colour)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path
@@ -175,8 +233,12 @@ def block_maps(shares: Mapping[str, Shares], tiers: Sequence[str], path: Path) -
     return _save(figure, path)
 
 
-def _panels(count: int, width: float, height: float, *, shared: bool = True) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float, height: float, *, shared: bool = True) -> "tuple[Figure, list[Axes]]":
     """As many panels as methods, a few in a row."""
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(count, PANEL_COLUMNS)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(width * columns, 5), max(height * lines, 2.2) + 0.4), layout="constrained")

@@ -30,6 +30,9 @@ learning_rate = 0.01
 batch_size = 4
 max_steps = 2
 
+[server]
+fraction = 0.2
+
 [algorithm]
 name = "fedit"
 """
@@ -49,6 +52,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fedra": {},
     "xgblora": {"blocks_per_round": 1},
     "galore": {"rank": 2, "gap": 1},
+    "fedaf": {"depth": 1, "length": 4, "ipc": 2, "iterations": 2, "server_steps": 2},
+    "fedbiot": {"adapter_blocks": 1, "pre_steps": 1, "align_steps": 1},
+    "reclora": {"N": 2, "gate": "none"},
+    "fedins": {"size": 4, "top_k": 2, "query": "mean"},
     "fed-hello": {"fim_examples": 2, "warmup_rounds": 0, "refresh_every": 1},
 }
 """All the rest: they differ in what goes down and comes up."""

@@ -91,3 +91,22 @@ def test_half_a_set_of_server_files_is_an_error(tmp_path: Path) -> None:
 def test_a_name_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names of nodes must be usable"):
         certificates.make(tmp_path, [], [name])
+
+
+def test_a_revoked_node_is_not_among_those_that_may_join_and_its_key_is_gone(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [], ["Bern", "Oslo"])
+    public = (tmp_path / "nodes" / "Oslo.pub").read_bytes()
+    (kept,) = certificates.revoke(tmp_path, ["Oslo"])
+    assert list(certificates.public_keys(tmp_path)) == ["Bern"]
+    assert kept.read_bytes() == public
+    assert not (tmp_path / "nodes" / "Oslo").exists()
+    certificates.make(tmp_path, [], ["Oslo"])  # a new key under the old name
+    assert (tmp_path / "nodes" / "Oslo.pub").read_bytes() != public
+    assert certificates.revoke(tmp_path, ["Oslo"]) == [tmp_path / "revoked" / "Oslo.1.pub"]
+
+
+def test_a_node_without_a_key_cannot_be_revoked_and_nobody_else_is(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [], ["Bern"])
+    with pytest.raises(ConfigError, match=r"'Olso' must be a node with a key in .*, known: Bern"):
+        certificates.revoke(tmp_path, ["Bern", "Olso"])
+    assert list(certificates.public_keys(tmp_path)) == ["Bern"]

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpilot import base_deltas, exchange, lora, tensors
+from fedpilot import attachments, base_deltas, exchange, lora, tensors
+from fedpilot.attachments import InstancePool
 from fedpilot.engines.flower import codec
 from fedpilot.engines.flower.codec import NodeFailure, Packed, Stamp
 from fedpilot.errors import ClientError, UploadError
@@ -45,8 +46,10 @@ def a_task(**changes: Any) -> Task:
         values={0: 0.1, 2: 1 / 3},
         peak_bytes=2**40,
         seconds=1.25,
+        sends={"items": (6, 2, 3), "labels": (6,)},
     )
-    return replace(Task(plan, held), **changes)
+    extra = {"peers": torch.randn(2, 3), "count": torch.arange(3)}
+    return replace(Task(plan, held, extra=extra), **changes)
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -60,7 +63,78 @@ def test_a_task_comes_back_to_the_bit_with_its_plan_and_its_order() -> None:
     assert found.plan == task.plan
     assert list(found.plan.ranks) == list(task.plan.ranks)
     assert same(found.tensors, task.tensors)
+    assert same(found.extra, task.extra)
     assert {t.dtype for t in found.tensors.values()} == {torch.float32, torch.bfloat16}
+
+
+def test_a_task_of_the_second_exchange_says_so_and_needs_no_tensors_of_the_model() -> None:
+    task = replace(
+        a_task(), tensors={}, exchange=2, plan=replace(a_task().plan, trainable=frozenset(), scored=frozenset())
+    )
+    packed = codec.encode_task(task, STAMP)
+    found = codec.decode_task(packed, draw)[1]
+    assert (found.exchange, found.plan, found.tensors) == (2, task.plan, {})
+    assert same(found.extra, task.extra)
+    assert len(packed.payload) == exchange.download_bytes(task) == 2 * 3 * 4 + 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("exchange", 3, "exchange must be an integer from 1 to 2, got 3"),
+        ("extra", [["a", "float32", [2], 0]], "offset of a must be"),
+    ],
+)
+def test_what_a_second_exchange_adds_is_checked_like_the_rest(key: str, value: object, message: str) -> None:
+    packed = codec.encode_task(a_task(), STAMP)
+    document = json.loads(packed.manifest)
+    document["body"][key] = value
+    with pytest.raises(ClientError, match=message):
+        codec.decode_task(codec.Packed(json.dumps(document), packed.payload), draw)
+
+
+def test_a_shape_of_what_is_sent_is_checked() -> None:
+    packed = codec.encode_task(a_task(), STAMP)
+    document = json.loads(packed.manifest)
+    document["body"]["plan"]["sends"] = [["items", [0, 3]]]
+    with pytest.raises(ClientError, match="shape must be an integer from 1"):
+        codec.decode_task(codec.Packed(json.dumps(document), packed.payload), draw)
+
+
+def a_pooled_task() -> Task:
+    pool = InstancePool(3, 2, pool="lora", rank=2, query="mean", key_weight=0.25, similarity="mean")
+    plan = attachments.suffix_plan(SPEC, 2, pool, 1)
+    return Task(plan, attachments.init(SPEC, pool, np.random.default_rng(0)))
+
+
+def test_an_attachment_travels_by_its_name_and_its_numbers() -> None:
+    task = a_pooled_task()
+    packed = codec.encode_task(task, STAMP)
+    found = codec.decode_task(packed, draw)[1]
+    assert found.plan == task.plan
+    assert same(found.tensors, task.tensors)
+    assert len(packed.payload) == exchange.download_bytes(task)
+    table = json.loads(packed.manifest)["body"]["plan"]["attachment"]
+    assert table["name"] == "instance-pool"
+    assert all(type(value) in (str, int, float) for value in table.values())
+
+
+@pytest.mark.parametrize("value", mutations.HOSTILE, ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("key", ["attachment", "name", "size", "top_k", "pool", "key_weight"])
+def test_an_attachment_that_is_none_is_refused_and_nothing_is_made_of_it(key: str, value: Any) -> None:
+    packed = codec.encode_task(a_pooled_task(), STAMP)
+    document = json.loads(packed.manifest)
+    plan = document["body"]["plan"]
+    if key == "attachment":
+        plan[key] = value
+    else:
+        plan["attachment"][key] = value
+    try:
+        found = codec.decode_task(codec.Packed(json.dumps(document), packed.payload), draw)[1].plan.attachment
+    except ClientError:
+        return
+    assert found is None or (type(found) is InstancePool and 1 <= found.top_k <= found.size < 2**31)
+    assert found is not None or (key, value) == ("attachment", None)
 
 
 def test_a_plan_without_extras_comes_back() -> None:

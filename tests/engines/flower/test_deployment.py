@@ -11,121 +11,40 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedpilot import jobs, tensors
-from fedpilot.config.recipe import Recipe, load_recipe
+from fedpilot import jobs
 from fedpilot.engines.flower import certificates, deployment
-from fedpilot.engines.flower.deployment import Serving
 from fedpilot.engines.flower.timing import Timing
 from fedpilot.errors import ConfigError, FedpilotError
 from fedpilot.record import RunDirectory
-from tests.engines.flower.recipes import METHODS, RECIPE
-from tests.test_cli import save_data, save_model
+from tests.engines.flower.deployed import (
+    Place,
+    adapter,
+    gone,
+    in_process,
+    kept_environment,
+    make_place,
+    processes_of,
+)
+from tests.engines.flower.recipes import METHODS
 
 pytestmark = pytest.mark.slow
-
-CLIENTS = ("Bern", "Oslo", "Rome")
-NODE = """
-import sys
-from pathlib import Path
-from fedpilot.engines.flower import commands
-server, ca, key, folder, partition, name = sys.argv[1:]
-say = lambda text: print(text, flush=True)
-what = commands.What(name or None, None, int(partition))
-commands.join(server, Path(ca), Path(key), Path(folder), what, 0.2, say)
-"""
-
-
-@dataclass(frozen=True)
-class Place:
-    folder: Path
-    port: int
-
-    @property
-    def certs(self) -> Path:
-        return self.folder / "certs"
-
-    def recipe(self, name: str = "fedit", **run: int) -> Recipe:
-        recipe = load_recipe(self.folder / "toy.toml")
-        recipe = replace(recipe, run=replace(recipe.run, **run))
-        return replace(recipe, algorithm=replace(recipe.algorithm, name=name, options=METHODS[name]))
-
-    def serving(self, path: Path, recipe: Recipe | None, **options: object) -> Serving:
-        serving = Serving(path, recipe, self.certs, "127.0.0.1", self.port, wait_s=180, poll_s=0.2)
-        return replace(serving, **options)  # type: ignore[arg-type]
-
-    @contextmanager
-    def node(self, partition: int, *, key: Path | None = None, ca: Path | None = None) -> Iterator[Path]:
-        """A joined node; its folder."""
-        name = CLIENTS[partition]
-        folder = self.folder / f"node-{name}"
-        arguments = [ca or self.certs / "ca.crt", key or self.certs / "nodes" / name, folder, str(partition), ""]
-        command = [sys.executable, "-c", NODE, f"127.0.0.1:{self.port}", *map(str, arguments)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            yield folder
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
-
-    @contextmanager
-    def nodes(self) -> Iterator[list[Path]]:
-        with ExitStack() as stack:
-            yield [stack.enter_context(self.node(k)) for k in range(len(CLIENTS))]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("deployment")
-    save_model(folder / "model")
-    save_data(folder / "data.csv")
-    (folder / "toy.toml").write_text(RECIPE)
-    certificates.make(folder / "certs", [], CLIENTS)
-    return Place(folder, deployment.free_port())
+    return make_place(tmp_path_factory.mktemp("deployment"))
 
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def adapter(path: Path) -> str:
-    return tensors.digest(RunDirectory.open(path).load_adapter("last")[0].tensors)
-
-
-def in_process(recipe: Recipe, path: Path) -> str:
-    job = jobs.start(recipe, path)
-    jobs.run(job)
-    return adapter(path)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Processes with a path of the folder among their arguments or in their environment, as Flower's own have it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdecimal():
-                told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                found += [int(entry.name)] if str(folder).encode() in told else []
-    return [pid for pid in found if pid not in (os.getpid(), os.getppid())]
-
-
-def gone(folder: Path) -> bool:
-    """Whether nothing of a folder runs any more; Flower's helpers look for their parent every few seconds."""
-    deadline = time.monotonic() + 30
-    while processes_of(folder):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
+    with kept_environment():
+        yield
 
 
 def test_the_final_adapter_is_bit_equal_in_process_and_deployed_and_nodes_join_run_after_run(
@@ -180,6 +99,42 @@ def test_a_killed_server_goes_on_from_its_checkpoint_to_the_same_bits(place: Pla
             deployment.serve(place.serving(tmp_path / "run", recipe), kill_after_round_2)
         deployment.serve(place.serving(tmp_path / "run", None), lambda text: None)
     assert adapter(tmp_path / "run") == in_process(recipe, tmp_path / "here")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_served_run_that_ctrl_c_stopped_leaves_no_process_and_goes_on_to_the_same_bits(
+    place: Place, tmp_path: Path, times: int
+) -> None:
+    recipe, path = place.recipe("fedit", rounds=6), tmp_path / "run"
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    command = [sys.executable, "-m", "fedpilot", "serve", str(tmp_path / "recipe.toml"), "--out", str(path)]
+    command += ["--certs", str(place.certs), "--address", f"127.0.0.1:{place.port}", "--poll", "0.2"]
+    with place.nodes():
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert process.stdout is not None
+        said = ""
+        while "\nround 1: " not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        for _ in range(times):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.2)
+        rest, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, said + rest
+        assert f"Go on with: fedpilot serve --resume {path}" in rest
+        assert "Traceback" not in rest
+        assert gone(tmp_path)
+        assert 1 <= RunDirectory.open(path).lines()[-1]["round"] < 6  # type: ignore[operator]
+        deployment.serve(place.serving(path, None), lambda text: None)
+    assert adapter(path) == in_process(recipe, tmp_path / "here")
 
 
 @contextmanager

@@ -105,6 +105,28 @@ def test_a_killed_server_goes_on_to_the_same_bits_though_nodes_have_done_part_of
     assert adapter(again) == adapter(whole)
 
 
+def test_a_server_that_is_killed_between_the_exchanges_of_a_round_goes_on_to_the_same_bits(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Nodes that have done the first exchange, or both, do the round again from what they had before it."""
+    recipe = recipe_of(folder, "fedaf")
+    whole = over_flower(start(recipe, tmp_path / "whole", folder))
+    grid, seen = grid_of(), list[int]()
+
+    def kill_server(node_id: int, message: Message) -> None:
+        if message.metadata.group_id == "2":
+            seen.append(node_id)
+            if len(seen) == 5:  # three nodes, and then the first two of the second exchange
+                raise KeyboardInterrupt
+
+    grid.around = kill_server
+    with pytest.raises(KeyboardInterrupt):
+        over_flower(start(recipe, tmp_path / "killed", folder), grid)
+    assert seen[:2] == seen[3:]
+    again = over_flower(resumed(tmp_path / "killed", folder))
+    assert adapter(again) == adapter(whole)
+
+
 def test_a_node_that_lost_its_disk_gets_the_whole_base_and_the_run_keeps_its_bits(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder, "fedex-lora", rounds=3)
     whole = over_flower(start(recipe, tmp_path / "whole", folder))

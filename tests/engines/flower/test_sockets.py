@@ -22,10 +22,13 @@ class Echo:
     def describe(self, settings: str) -> str:
         return settings.upper()
 
-    def update(self, settings: str, packed: Packed) -> Packed:
+    def note(self, settings: str, manifest: str) -> str:
+        return f"{manifest} noted by {settings}"
+
+    def update(self, settings: str, packed: Packed, note: str = "") -> Packed:
         if packed.manifest == "refuse":
             raise ClientError("the task must be readable")
-        return Packed(packed.manifest + settings, bytes(packed.payload)[::-1])
+        return Packed(packed.manifest + settings + note, bytes(packed.payload)[::-1])
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,13 @@ def test_a_question_is_answered_and_payloads_of_any_size_pass(place: Path) -> No
         head, result = update(place, "mä\n", payload)
         assert head == {"manifest": "mä\nS"}
         assert bytes(result) == payload[::-1]
+
+
+def test_notes_of_secure_sums_are_answered_and_go_with_tasks(place: Path) -> None:
+    asked = {"op": "note", "settings": "S", "manifest": "keys"}
+    assert sockets.ask(place, asked) == ({"manifest": "keys noted by S"}, bytearray())
+    task = {"op": "update", "settings": "S", "manifest": "m", "note": "letters"}
+    assert sockets.ask(place, task, b"x") == ({"manifest": "mSletters"}, bytearray(b"x"))
 
 
 def test_a_refusal_is_said_and_the_next_question_answered(place: Path) -> None:

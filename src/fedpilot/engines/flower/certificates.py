@@ -13,7 +13,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedpilot.errors import ConfigError
 
-CA, SERVER, SERVER_KEY, NODES = "ca.crt", "server.crt", "server.key", "nodes"
+CA, SERVER, SERVER_KEY, NODES, REVOKED = "ca.crt", "server.crt", "server.key", "nodes", "revoked"
 
 
 def make(folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int = 365) -> list[Path]:
@@ -51,6 +51,35 @@ def make(folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int = 3
         if not (folder / NODES / name).exists():
             written += _make_node(folder / NODES / name)
     return written
+
+
+def revoke(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Takes nodes' keys out of those that may join; a server that runs lets them in no more within a second.
+
+    Args:
+        folder: That `make` wrote.
+        names: Of the nodes.
+
+    Returns:
+        Where their public keys are kept, for the record.
+
+    Raises:
+        ConfigError: One has no key there; nothing is revoked then.
+    """
+    known = public_keys(folder)
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            [f"{name!r} must be a node with a key in {folder / NODES}, known: {', '.join(known)}" for name in unknown]
+        )
+    aside = []
+    for name in names:
+        (folder / REVOKED).mkdir(exist_ok=True)
+        number = len(list((folder / REVOKED).glob(f"{name}.*.pub")))
+        kept = folder / REVOKED / f"{name}.{number}.pub"
+        os.replace(known[name], kept)
+        (folder / NODES / name).unlink(missing_ok=True)  # of no more use, and nobody should find it
+        aside.append(kept)
+    return aside
 
 
 def public_keys(folder: Path) -> dict[str, Path]:

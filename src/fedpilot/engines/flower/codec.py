@@ -17,9 +17,9 @@ from typing import Literal, NoReturn, TypeAlias
 
 import torch
 
-from fedpilot import base_deltas
-from fedpilot.errors import ClientError, UploadError
-from fedpilot.types import BaseDelta, Fresh, Plan, Task, Tensors, Upload
+from fedpilot import attachments, base_deltas
+from fedpilot.errors import ClientError, PlanError, UploadError
+from fedpilot.types import Attachment, BaseDelta, Fresh, Plan, Task, Tensors, Upload
 
 FORMAT = 1
 MOST_MANIFEST_BYTES = 32 * 2**20
@@ -28,7 +28,7 @@ LONGEST_REASON = 4096
 KEYS = ("format", "kind", "run", "round", "client_id", "task", "scale", "num_bytes", "sha256", "body")
 PLAN = (
     *("ranks", "trainable", "whole", "scored", "blocks", "checkpointed"),
-    *("micro_batch", "values", "peak_bytes", "seconds"),
+    *("micro_batch", "values", "peak_bytes", "seconds", "attachment", "sends"),
 )
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -114,6 +114,7 @@ def encode_task(task: Task, stamp: Stamp) -> Packed:
     writer = _Writer()
     entries = [writer.listed(name, tensor, travels=name not in drawn) for name, tensor in task.tensors.items()]
     steps = [[writer.listed(name, t, travels=True) for name, t in step.items()] for step in base_deltas.download(base)]
+    extra = [writer.listed(name, tensor, travels=True) for name, tensor in task.extra.items()]
     body = {
         "tensors": entries,
         "plan": {
@@ -127,9 +128,13 @@ def encode_task(task: Task, stamp: Stamp) -> Packed:
             "values": [[block, float(value)] for block, value in plan.values.items()],
             "peak_bytes": plan.peak_bytes,
             "seconds": plan.seconds,
+            "attachment": None if plan.attachment is None else attachments.to_table(plan.attachment),
+            "sends": [[name, list(shape)] for name, shape in plan.sends.items()],
         },
         "base": {"version": base.version, "since": base.since, "folded": base.snapshot_version, "steps": steps},
         "fresh": None if task.fresh is None else {"seed": task.fresh.seed, "rank": task.fresh.rank},
+        "extra": extra,
+        "exchange": task.exchange,
     }
     return writer.packed("task", stamp, body)
 
@@ -147,15 +152,17 @@ def decode_task(packed: Packed, draw: Draw, *, most_bytes: int = sys.maxsize) ->
     """
     reader = _Reader(packed, "task", most_bytes, ClientError)
     stamp = reader.stamp()
-    reader.keys(reader.body, "tensors", "plan", "base", "fresh")
+    reader.keys(reader.body, "tensors", "plan", "base", "fresh", "extra", "exchange")
     listed = reader.entries(reader.list_of(reader.body, "tensors"), may_be_drawn=True)
     base = reader.mapping(reader.body, "base")
     steps = [reader.entries(step) for step in reader.lists_of(base, "steps")]
+    beside = reader.entries(reader.list_of(reader.body, "extra"))
+    exchange = reader.integer(reader.body.get("exchange"), "exchange", 1, 2)
     plan = _read_plan(reader, reader.mapping(reader.body, "plan"), stamp.client_id, [entry.name for entry in listed])
     drawn = [entry.name for entry in listed if entry.offset is None]
     fresh = _read_fresh(reader, drawn)
     log = _read_base(reader, base)
-    sent = reader.tensors([*listed, *(entry for step in steps for entry in step)], split=len(listed))
+    sent = reader.tensors([*listed, *(entry for step in steps for entry in step), *beside], split=len(listed))
     made = {} if fresh is None else draw(fresh, plan.ranks)
     whole: dict[str, torch.Tensor] = {}
     for entry in listed:
@@ -167,7 +174,8 @@ def decode_task(packed: Packed, draw: Draw, *, most_bytes: int = sys.maxsize) ->
     for step in steps:
         changes.append({entry.name: sent.rest[taken + i] for i, entry in enumerate(step)})
         taken += len(step)
-    return stamp, Task(plan, whole, _with_steps(reader, log, changes), fresh)
+    extra = {entry.name: sent.rest[taken + i] for i, entry in enumerate(beside)}
+    return stamp, Task(plan, whole, _with_steps(reader, log, changes), fresh, extra, exchange)
 
 
 def _read_plan(reader: "_Reader", plan: Json, client_id: int, names: Sequence[str]) -> Plan:
@@ -198,7 +206,27 @@ def _read_plan(reader: "_Reader", plan: Json, client_id: int, names: Sequence[st
         values={reader.integer(b, "values", 0): reader.number(v, "values") for b, v in reader.pairs_of(plan, "values")},
         peak_bytes=maybe("peak_bytes"),
         seconds=None if seconds is None else reader.number(seconds, "seconds"),
+        attachment=_read_attachment(reader, plan),
+        sends=_read_sends(reader, plan),
     )
+
+
+def _read_sends(reader: "_Reader", plan: Json) -> Mapping[str, tuple[int, ...]]:
+    """Name -> shape of what comes back beside the trained tensors."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in reader.pairs_of(plan, "sends"):
+        found[reader.text(name, "sends")] = reader.shape(shape)
+    return found
+
+
+def _read_attachment(reader: "_Reader", plan: Json) -> Attachment | None:
+    """The attachment by its name and hyper-parameters: no class but the known ones is ever made."""
+    if plan.get("attachment") is None:
+        return None
+    try:
+        return attachments.from_table(reader.mapping(plan, "attachment"))
+    except PlanError as error:
+        reader.refuse(str(error))
 
 
 def _read_fresh(reader: "_Reader", drawn: Sequence[str]) -> Fresh | None:
@@ -231,6 +259,46 @@ def _with_steps(reader: "_Reader", log: BaseDelta, changes: Sequence[Tensors]) -
     return BaseDelta(log.version, {}, log.since, tuple(changes), log.since)
 
 
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def encode_note(text: str, stamp: Stamp) -> Packed:
+    """A small message of a secure sum, or its answer."""
+    return _Writer().packed("note", stamp, {"text": text})
+
+
+def decode_note(packed: Packed, expected: Stamp | None = None) -> tuple[Stamp, str | NodeFailure]:
+    """A note, or why there is none.
+
+    Args:
+        packed: What came.
+        expected: Stamp of the question; ``None`` on the side that is asked.
+
+    Raises:
+        UploadError: It answers another question, or its parts contradict each other.
+    """
+    reader = _Reader(packed, None, 0, UploadError)
+    found = reader.expected(expected) if expected is not None else reader.stamp()
+    reader.tensors([], split=0)
+    if reader.kind == "failure":
+        return found, _read_failure(reader)
+    if reader.kind != "note":
+        reader.refuse(f"kind must be note or failure, got {_short(reader.kind)}")
+    reader.keys(reader.body, "text")
+    text = reader.body.get("text")
+    if not isinstance(text, str):
+        reader.refuse(f"a note must be text, got {_short(type(text).__name__)}")
+    return found, text
+
+
+def _read_failure(reader: "_Reader") -> NodeFailure:
+    reader.keys(reader.body, "cause", "reason")
+    cause = reader.body.get("cause")
+    if cause not in CAUSES:
+        reader.refuse(f"cause must be one of {', '.join(CAUSES)}, got {_short(cause)}")
+    return NodeFailure(cause, reader.text(reader.body.get("reason"), "reason", LONGEST_REASON))
+
+
 # --- uploads ------------------------------------------------------------------------------------------------------
 
 
@@ -261,23 +329,17 @@ def decode_answer(packed: Packed, expected: Stamp, *, most_bytes: int) -> Upload
     Args:
         packed: What came.
         expected: The task's stamp.
-        most_bytes: Largest payload to take: an upload is never larger than the tensors that went down to be trained.
+        most_bytes: Largest payload to take: an upload is never larger than the tensors that went down to be trained,
+            and what the plan sends beside them.
 
     Raises:
         UploadError: It answers another task, or its parts contradict each other.
     """
     reader = _Reader(packed, None, most_bytes, UploadError)
-    found = reader.stamp()
-    for name in ("run", "round", "client_id", "task", "scale"):
-        if getattr(found, name) != getattr(expected, name):
-            reader.refuse(f"{name} must be {getattr(expected, name)!r}, got {_short(getattr(found, name))}")
+    found = reader.expected(expected)
     if reader.kind == "failure":
-        reader.keys(reader.body, "cause", "reason")
-        cause = reader.body.get("cause")
-        if cause not in CAUSES:
-            reader.refuse(f"cause must be one of {', '.join(CAUSES)}, got {_short(cause)}")
         reader.tensors([], split=0)
-        return NodeFailure(cause, reader.text(reader.body.get("reason"), "reason", LONGEST_REASON))
+        return _read_failure(reader)
     if reader.kind != "upload":
         reader.refuse(f"kind must be upload or failure, got {_short(reader.kind)}")
     reader.keys(reader.body, "tensors", "num_examples", "metrics")
@@ -396,6 +458,14 @@ class _Reader:
             scale=self.number(document.get("scale"), "scale"),
         )
 
+    def expected(self, expected: Stamp) -> Stamp:
+        """The stamp, where it is the expected one."""
+        found = self.stamp()
+        for name in ("run", "round", "client_id", "task", "scale"):
+            if getattr(found, name) != getattr(expected, name):
+                self.refuse(f"{name} must be {getattr(expected, name)!r}, got {_short(getattr(found, name))}")
+        return found
+
     # values
 
     def keys(self, table: Json, *names: str) -> None:
@@ -468,15 +538,20 @@ class _Reader:
             self.refuse("names of tensors must be distinct, got one twice")
         return result
 
+    def shape(self, value: object) -> tuple[int, ...]:
+        """The sizes of a tensor."""
+        sizes = tuple(self.integer(size, "shape", 1) for size in self.as_list(value)[: MOST_DIMENSIONS + 1])
+        if len(sizes) > MOST_DIMENSIONS:
+            self.refuse(f"shape must have at most {MOST_DIMENSIONS} axes, got more")
+        return sizes
+
     def _entry(self, line: Sequence[object], may_be_drawn: bool) -> _Entry:
         if len(line) != 4:
             self.refuse(f"a tensor's line must be name, dtype, shape, offset, got {_short(line)}")
         name, dtype, shape, offset = line
         if not isinstance(dtype, str) or dtype not in DTYPES:
             self.refuse(f"dtype must be one of {', '.join(DTYPES)}, got {_short(dtype)}")
-        sizes = tuple(self.integer(size, "shape", 1) for size in self.as_list(shape)[: MOST_DIMENSIONS + 1])
-        if len(sizes) > MOST_DIMENSIONS:
-            self.refuse(f"shape must have at most {MOST_DIMENSIONS} axes, got more")
+        sizes = self.shape(shape)
         num_bytes = math.prod(sizes) * DTYPES[dtype].itemsize
         if num_bytes > 2**62:
             self.refuse(f"shape must be one that memory can hold, got {_short(list(sizes))}")

@@ -28,11 +28,17 @@ def require() -> None:
         raise FedpilotError(f"Flower must be installed, got: {error}; pip install 'fedpilot[flower]'") from error
 
 
-def certs(folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int, say: "Say") -> None:
-    """Makes what is missing of a federation's certificates and keys."""
+def certs(
+    folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int, say: "Say", revoked: Sequence[str] = ()
+) -> None:
+    """Makes what is missing of a federation's certificates and keys, or revokes keys."""
     require()
     from fedpilot.engines.flower import certificates
 
+    if revoked:
+        for path in certificates.revoke(folder, revoked):
+            say(f"revoked; the public key is kept as {path}")
+        return
     written = certificates.make(folder, hosts, nodes, days)
     for path in written:
         say(f"written {path}")
@@ -63,11 +69,12 @@ def serve(
 ) -> Path:
     """Runs a recipe with the nodes that join; the run directory."""
     require()
-    from fedpilot import jobs
+    from fedpilot import interrupts, jobs
     from fedpilot.config.recipe import load_recipe
     from fedpilot.engines.flower.deployment import Serving
     from fedpilot.engines.flower.deployment import serve as run
     from fedpilot.engines.flower.timing import Timing
+    from fedpilot.stopping import Halted
 
     settings = None if recipe is None else load_recipe(recipe, overrides)
     if settings is None:
@@ -82,8 +89,15 @@ def serve(
     host, port = host_and_port(where.address)
     timing = Timing(timeout_s=timeout_s, reconnect_s=min(30.0, timeout_s))
     say(f"run directory {path}")
-    with ended_by_signals():
-        run(Serving(path, settings, where.certificates, host, port, nodes, wait_s, poll_s, timing), say)
+    serving = Serving(path, settings, where.certificates, host, port, nodes, wait_s, poll_s, timing)
+    try:
+        with ended_by_signals(), interrupts.after_the_round() as halt:
+            run(serving, say, halt)
+    except (KeyboardInterrupt, Halted):
+        begun = (path / "manifest.json").exists()
+        how = f"Go on with: fedpilot serve --resume {path}" if begun else "Nothing was begun"
+        say(f"stopped; every finished round is on disk. {how}")
+        raise SystemExit(1) from None
     say(f"done; take the adapter home: fedpilot export {path} my-adapter")
     return path
 

@@ -10,7 +10,9 @@ Run as a module it is Flower's own SuperLink or SuperNode with two differences:
 """
 
 import contextlib
+import datetime
 import hashlib
+import importlib.metadata
 import io
 import ipaddress
 import json
@@ -22,15 +24,18 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from fedpilot.engines.flower import machine
 from fedpilot.errors import ClientError
 
 CONNECTION = "fedpilot"  # name in Flower's config.toml
 POLL = "FEDPILOT_POLL_S"
 OPEN_TO_ALL = ("/v1/fleet/",)
+VERSIONS = "fedpilot-versions"  # header of all answers
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -85,11 +90,31 @@ class Gate:
         closed = scope["type"] in ("http", "websocket") and not str(scope.get("path", "")).startswith(OPEN_TO_ALL)
         here = scope.get("server")
         near = peer is not None and (is_loopback(peer[0]) or (here is not None and peer[0] == here[0]))
+        if scope["type"] == "http":
+            send = _with_versions(send)
         if closed and not near:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"only this machine may do that"})
             return
         await self._app(scope, receive, send)
+
+
+def _with_versions(send: Any) -> Any:
+    """Says with each answer what the server runs, so that a node with another version is told so."""
+
+    async def told(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            header = (VERSIONS.encode(), versions().encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return told
+
+
+@cache
+def versions() -> str:
+    """What both sides of a deployment must have alike."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("fedpilot", "flwr"))
 
 
 def superlink() -> None:
@@ -287,6 +312,7 @@ class Control:
         from flwr.cli.typing import SuperLinkConnection
         from flwr.cli.utils import init_http_client_from_connection
 
+        self.address = address
         trusted = str(ca.resolve())
         connection = SuperLinkConnection(name=CONNECTION, address=address, root_certificates=trusted, insecure=False)
         with contextlib.redirect_stdout(io.StringIO()):  # it says which connection it uses
@@ -302,6 +328,22 @@ class Control:
         from flwr.proto.control_pb2 import RegisterNodeRequest
 
         return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Lets a node in no more: its next request is refused, whatever it is doing."""
+        import httpx
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        # A node that never came: Flower notes that it is gone, then stumbles over the time that it was last seen.
+        with contextlib.suppress(httpx.HTTPStatusError):
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+    def connected(self) -> dict[str, bool]:
+        """Name of each key that is let in -> whether its node is connected."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {node.name: node.status == "online" for node in nodes if node.status != "unregistered"}
 
     def start(self, app: Path, config: dict[str, str | int | float | bool]) -> int:
         """Starts an app; its run's number."""
@@ -329,6 +371,51 @@ class Control:
         self._client.close()
 
 
+def idle_question(key: Any, now: datetime.datetime) -> tuple[str, dict[str, str], bytes]:
+    """Path, headers and content of a node's request that changes nothing: to be activated, with no heartbeat.
+
+    Args:
+        key: The node's private key.
+        now: What its clock says.
+    """
+    from base64 import b64encode
+
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+    from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+
+    public, when = public_key_to_bytes(key.public_key()), now.isoformat()
+    headers = {
+        "content-type": PROTOBUF_MEDIA_TYPE,
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public).decode("ascii"),
+        TIMESTAMP_HEADER: when,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, when.encode("ascii"))).decode("ascii"),
+    }
+    content = ActivateNodeRequest(public_key=public, heartbeat_interval=-1.0).SerializeToString()
+    return "/v1/fleet/activate-node", headers, content
+
+
+def knows(answer: Any) -> bool | None:
+    """Whether a server that was asked `idle_question` knows the key; ``None`` where it did not look."""
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+
+    error = FlowerError.from_json(answer.text)
+    if error is not None and error.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+        return True
+    if error is not None and error.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+        return False
+    return None
+
+
+def clock_tolerance() -> tuple[float, float]:
+    """Seconds that a node's clock may be behind the server's, and ahead of it."""
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+
+    return float(TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE), float(SYSTEM_TIME_TOLERANCE)
+
+
 def key_bytes(public_key: Path) -> bytes:
     """A node's public key file as the SuperLink registers it.
 
@@ -347,6 +434,7 @@ def key_bytes(public_key: Path) -> bytes:
 
 def main(arguments: Sequence[str]) -> None:
     """``superlink`` or ``supernode``, with Flower's own options behind it."""
+    machine.follow_parent()
     sys.argv = [f"flower-{arguments[0]}", *arguments[1:]]
     if arguments[0] == "superlink":
         superlink()

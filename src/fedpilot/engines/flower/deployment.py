@@ -18,18 +18,19 @@ from pathlib import Path
 
 from fedpilot import checkpoint
 from fedpilot.config.recipe import Recipe
-from fedpilot.engines.flower import certificates, compat
+from fedpilot.engines.flower import certificates, compat, status
 from fedpilot.engines.flower.compat import Control
-from fedpilot.engines.flower.server_app import HOME, OUTCOME, RECIPE
+from fedpilot.engines.flower.server_app import HOME, OUTCOME, RECIPE, STOP
 from fedpilot.engines.flower.timing import Timing
 from fedpilot.engines.flower.trainer import NodeOptions
 from fedpilot.errors import ConfigError, FedpilotError
+from fedpilot.stopping import Halted
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
-START_S, STOP_S, LOOK_S = 60.0, 10.0, 0.5
+START_S, STOP_S, LOOK_S = 180.0, 10.0, 0.5
 SHORTEST_REST_S, LONGEST_REST_S = 1.0, 30.0
 
 APP = """\
@@ -82,10 +83,16 @@ class Serving:
     timing: Timing = field(default_factory=Timing)
 
 
-def serve(serving: Serving, say: Say) -> None:
+def serve(serving: Serving, say: Say, halt: Callable[[], bool] = lambda: False) -> None:
     """Runs the recipe with whoever may join, to the end; stops what it started.
 
+    Args:
+        serving: The run.
+        say: Gets what happens, line by line.
+        halt: Whether to end after a round, although the run is not over.
+
     Raises:
+        Halted: It was asked to end.
         ConfigError: Certificates or nodes are missing.
         FedpilotError: The run failed, with its reason.
     """
@@ -105,9 +112,10 @@ def serve(serving: Serving, say: Say) -> None:
         try:
             keys = {name: control.register(compat.key_bytes(path), name) for name, path in known.items()}
             _tell(serving, home, keys)
+            status.note_server(serving.path, control.address, serving.certificates / certificates.CA)
             say(f"listening on {serving.host}:{serving.port}; may join: {', '.join(known)}")
             run_id = control.start(home / "app", {"run-dir": str(serving.path.resolve())})
-            _watch(serving, home, process, control, run_id, say)
+            _watch(_Served(serving, home, process, control, run_id, keys), say, halt)
         finally:
             control.close()
     _judge(home)
@@ -126,7 +134,8 @@ def _home(serving: Serving) -> Path:
     for role in ("server", "client"):
         module = f"from fedpilot.engines.flower.{role}_app import app\n\n__all__ = ['app']\n"
         (home / "app" / "fedpilot_run" / f"{role}.py").write_text(module)
-    (home / OUTCOME).unlink(missing_ok=True)
+    for name in (OUTCOME, STOP):
+        (home / name).unlink(missing_ok=True)
     if serving.recipe is not None:
         checkpoint.write_file(home / RECIPE, serving.recipe.to_toml().encode())
     return home
@@ -165,10 +174,21 @@ def _superlink(serving: Serving, home: Path) -> Iterator[subprocess.Popen[bytes]
         yield process
 
 
-def _watch(
-    serving: Serving, home: Path, process: subprocess.Popen[bytes], control: Control, run_id: int, say: Say
-) -> None:
-    """Says what happens until the run has ended."""
+@dataclass
+class _Served:
+    """A run that is going on; ``keys`` are the names that are let in, with the numbers of their nodes."""
+
+    serving: Serving
+    home: Path
+    process: subprocess.Popen[bytes]
+    control: Control
+    run_id: int
+    keys: dict[str, int]
+
+
+def _watch(served: _Served, say: Say, halt: Callable[[], bool]) -> None:
+    """Says what happens until the run has ended, and lets nobody in whose key is taken away meanwhile."""
+    serving, home, process = served.serving, served.home, served.process
     said = _lines(serving.path)
     looked = time.monotonic()
     while not (home / OUTCOME).exists():
@@ -177,19 +197,34 @@ def _watch(
         for line in lines[len(said) :]:
             say(line)
         said = lines
+        if halt():
+            if not lines:  # nothing is on record: there is no round to wait for
+                raise KeyboardInterrupt
+            (home / STOP).touch()
+        _revoke(served, say)
         if process.poll() is not None:
             raise FedpilotError(f"the SuperLink must run, got exit code {process.returncode}; see {home}")
         if time.monotonic() - looked > STOP_S:
             looked = time.monotonic()
-            status, how = control.status(run_id)
-            if status == "finished" and not (home / OUTCOME).exists():
-                raise FedpilotError(f"the run must end by itself, got {status}:{how}; see {home / 'superlink.log'}")
+            state, how = served.control.status(served.run_id)
+            if state == "finished" and not (home / OUTCOME).exists():
+                raise FedpilotError(f"the run must end by itself, got {state}:{how}; see {home / 'superlink.log'}")
     for line in _lines(serving.path)[len(said) :]:
         say(line)
 
 
+def _revoke(served: _Served, say: Say) -> None:
+    """Shuts out the nodes whose public keys are gone from the certificates."""
+    known = certificates.public_keys(served.serving.certificates)
+    for name in sorted(served.keys.keys() - known.keys()):
+        served.control.unregister(served.keys.pop(name))
+        say(f"{name} is shut out: its key was revoked")
+
+
 def _judge(home: Path) -> None:
     outcome = json.loads((home / OUTCOME).read_bytes())
+    if outcome.get("halted"):
+        raise Halted
     if outcome.get("problems"):
         raise ConfigError(outcome["problems"])
     if "error" in outcome:
@@ -333,10 +368,15 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Asks a process to end, and makes its group end where it does not; Flower's helpers follow their parent."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
+    if process.poll() is not None:
+        return  # its number may be another process's by now; its helpers follow it
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + STOP_S
+    # Waited for without being reaped, so that the group's number stays its own until the group is ended.
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -7,6 +7,7 @@ that the server holds one at a time.
 
 import json
 import logging
+import math
 import time
 import uuid
 from collections import deque
@@ -23,7 +24,7 @@ from fedpilot.engines.flower import codec, compat, messages
 from fedpilot.engines.flower.codec import NodeFailure, Packed, Stamp
 from fedpilot.engines.flower.timing import Timing
 from fedpilot.errors import ClientError
-from fedpilot.types import Failure, Task, Upload
+from fedpilot.types import Failure, OutOfMemory, Task, Upload
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class _Sent:
     pushed: float = 0.0
     wait_s: float = 0.0
     task: Task | None = None
+    note: str = ""
     failure: str | None = None
 
 
@@ -215,6 +217,7 @@ class FlowerEngine:
     modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     wire: Wire = field(default_factory=Wire)
     _patience: float = 0.0
+    _round: int = 0
 
     def exchange(self, round: int, tasks: Iterable[Task]) -> Iterator[Upload | Failure]:
         """Results in the tasks' order.
@@ -222,51 +225,106 @@ class FlowerEngine:
         An upload's metrics get ``round_trip_seconds``, from sending the task to having its answer; what that is above
         ``seconds`` is the engine's own and the wait for answers before it.
         """
-        self.wire = Wire()
+        self._begin(round)
+        return self._exchanged(round, map(_unmasked, tasks), None)
+
+    def masked(self, round: int, tasks: Iterable[tuple[Task, str]], most_bytes: int) -> Iterator[Upload | Failure]:
+        """As `participant.Carrier.masked`; a round's clients that are absent were waited for by its first trip."""
+        return self._exchanged(round, tasks, most_bytes)
+
+    def ask(self, round: int, asked: Mapping[int, str]) -> Iterator[tuple[int, str | Failure]]:
+        """As `participant.Carrier.ask`: all are asked, then answers are looked for until the time is up."""
+        if round != self._round:
+            self._begin(round)
+        sent = [self._send_note(round, client_id, text) for client_id, text in asked.items()]
+        for one in sent:
+            yield one.client_id, self._receive_note(one)
+
+    def _begin(self, round: int) -> None:
+        self._round, self.wire = round, Wire()
         self._patience = time.monotonic() + self.timing.reconnect_s  # for all absent clients of a round together
+
+    def _exchanged(
+        self, round: int, tasks: Iterable[tuple[Task, str]], most_bytes: int | None
+    ) -> Iterator[Upload | Failure]:
         waiting: deque[_Sent] = deque()
         ahead = iter(tasks)
         while True:
-            while len(waiting) < self.timing.ahead and (task := next(ahead, None)) is not None:
-                waiting.append(self._send(round, task))
-                del task  # the SuperLink has it
+            while len(waiting) < self.timing.ahead and (entry := next(ahead, None)) is not None:
+                waiting.append(self._send(round, *entry, most_bytes))
+                del entry  # the SuperLink has it
             if not waiting:
                 logger.info("round %d on the wire: %s", round, self.wire)
                 return
             yield self._receive(waiting.popleft())
 
-    def _send(self, round: int, task: Task) -> _Sent:
+    def _send_note(self, round: int, client_id: int, text: str) -> _Sent:
+        stamp = Stamp(self.run, round, client_id, uuid.uuid4().hex, self.scale)
+        node = self._node(client_id)
+        if node is None:
+            return _Sent(stamp, client_id, failure=self._absent(client_id))
+        packed = codec.encode_note(text, stamp)
+        content = messages.carried(packed.manifest, b"", self.settings)
+        wait_s = self.timing.note_s
+        message_id = pushed(self.grid, Message(content, node.node_id, messages.NOTE, ttl=wait_s, group_id=str(round)))
+        if message_id is None:
+            return _Sent(stamp, client_id, failure="the SuperLink must take the note, got a refusal; see its log")
+        self.wire.down += packed.num_bytes + len(self.settings.encode())
+        return _Sent(stamp, client_id, message_id, 0, time.monotonic(), wait_s)
+
+    def _receive_note(self, sent: _Sent) -> str | Failure:
+        if sent.failure is not None:
+            return Failure(sent.client_id, sent.failure)
+        try:
+            reply = self._reply(sent)
+            if reply is None:
+                return Failure(sent.client_id, f"an answer must come within {sent.wait_s:.0f} s, got none")
+            if reply.has_error():
+                raise ClientError(error_of(reply))
+            packed = Packed(messages.text_of(reply.content, "manifest"), b"")
+            self.wire.up += packed.num_bytes
+            _, answer = codec.decode_note(packed, sent.stamp)
+        except ClientError as error:
+            return Failure(sent.client_id, str(error))
+        return Failure(sent.client_id, answer.reason) if isinstance(answer, NodeFailure) else answer
+
+    def _absent(self, client_id: int) -> str:
+        name, seconds = self.names.get(client_id, "?"), self.timing.reconnect_s
+        return f"node {name!r} must be connected, got none within {seconds:.0f} s"
+
+    def _send(self, round: int, task: Task, note: str = "", most_bytes: int | None = None) -> _Sent:
         client_id = task.plan.client_id
         stamp = Stamp(self.run, round, client_id, uuid.uuid4().hex, self.scale)
         node = self._node(client_id)
         if node is None:
-            name, seconds = self.names.get(client_id, "?"), self.timing.reconnect_s
-            return _Sent(stamp, client_id, failure=f"node {name!r} must be connected, got none within {seconds:.0f} s")
+            return _Sent(stamp, client_id, failure=self._absent(client_id))
         wait_s = self.timing.wait_s(task.plan)
         with self.wire.phase("encode"):
             packed = codec.encode_task(task, stamp)
-            content = messages.carried(packed.manifest, packed.payload, self.settings)
+            content = messages.carried(packed.manifest, packed.payload, self.settings, note)
         message = Message(content, node.node_id, messages.UPDATE, ttl=wait_s, group_id=str(round))
         with self.wire.phase("push"):
             message_id = pushed(self.grid, message)
         if message_id is None:
             return _Sent(stamp, client_id, failure="the SuperLink must take the task, got a refusal; see its log")
-        self.wire.down += packed.num_bytes + len(self.settings.encode())
+        self.wire.down += packed.num_bytes + len(self.settings.encode()) + len(note)
         return _Sent(
             stamp,
             client_id,
             message_id,
-            self._most_bytes(task),
+            self._most_bytes(task) if most_bytes is None else most_bytes,
             time.monotonic(),
             wait_s,
             task if task.base_delta.version else None,
+            note,
         )
 
     def _most_bytes(self, task: Task) -> int:
-        """An upload is never larger than what went down to be trained, and the weights that are trained whole."""
+        """An upload is never larger than what is trained, weights that are trained whole, and what is sent beside."""
         trained = task.plan.trainable
         whole = (shape for module, shape in self.modules.items() if base_deltas.weight_name(module) in trained)
-        return tensors.num_bytes(tensors.only(task.tensors, trained)) + sum(4 * rows * cols for rows, cols in whole)
+        sizes = [*map(math.prod, whole), *map(math.prod, task.plan.sends.values())]
+        return tensors.num_bytes(tensors.only(task.tensors, trained)) + 4 * sum(sizes)
 
     def _node(self, client_id: int) -> Node | None:
         """The client's node; waits for one that is not there."""
@@ -296,11 +354,14 @@ class FlowerEngine:
         return self._failed(sent, answer)
 
     def _failed(self, sent: _Sent, answer: NodeFailure) -> Upload | Failure:
+        if answer.cause == "memory":
+            return OutOfMemory(sent.client_id, answer.reason)
         if answer.cause != "base" or sent.task is None or sent.task.base_delta.since == 0:
             return Failure(sent.client_id, answer.reason)
         logger.warning("client %d has lost its base: %s", sent.client_id, answer.reason)
         whole = replace(sent.task, base_delta=base_deltas.since(sent.task.base_delta, 0))
-        return self._receive(self._send(sent.stamp.round, whole))
+        most_bytes = sent.most_bytes if sent.note else None
+        return self._receive(self._send(sent.stamp.round, whole, sent.note, most_bytes))
 
     def _reply(self, sent: _Sent) -> Message | None:
         """The answer; ``None`` where it does not come in time. Later ones are never asked for."""
@@ -314,6 +375,11 @@ class FlowerEngine:
             if late:
                 return None
             time.sleep(self.timing.poll_s)
+
+
+def _unmasked(task: Task) -> tuple[Task, str]:
+    """A task without a note; a generator would keep the last one alive."""
+    return task, ""
 
 
 def _checked(facts: Mapping[str, object]) -> Mapping[str, object]:

@@ -1,12 +1,13 @@
 """Flower's messages: what is in them, on both sides."""
 
+import hashlib
 import json
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedpilot.errors import ClientError
 
-DESCRIBE, UPDATE = "query.describe", "train.update"
+DESCRIBE, UPDATE, NOTE = "query.describe", "train.update", "query.note"
 PACKED = "fedpilot.packed"  # says that an array is plain bytes, not a saved numpy array
 
 
@@ -20,15 +21,37 @@ def answer(described: str) -> RecordDict:
     return RecordDict({"config": ConfigRecord({"node": described})})
 
 
-def carried(manifest: str, payload: bytes | bytearray | memoryview, settings: str = "") -> RecordDict:
-    """Content of a task or of its reply: the payload as one array of bytes, the manifest beside it."""
+def carried(manifest: str, payload: bytes | bytearray | memoryview, settings: str = "", note: str = "") -> RecordDict:
+    """Content of a task or of its reply: the payload as one array of bytes, the manifest beside it.
+
+    Args:
+        manifest: Of the payload.
+        payload: Bytes.
+        settings: Of the run, for a task.
+        note: Of a secure sum, for a task whose upload is to be masked.
+    """
     array = Array("uint8", (len(payload),), PACKED, bytes(payload))
     return RecordDict(
         {
             "arrays": ArrayRecord({"payload": array}),
-            "config": ConfigRecord({"manifest": manifest, "settings": settings}),
+            "config": ConfigRecord({"manifest": manifest, "settings": settings, "note": note}),
         }
     )
+
+
+def failed(manifest: str, cause: str, reason: str) -> RecordDict:
+    """Content of a reply to a task that the trainer could not answer itself; as `codec.encode_failure` has it.
+
+    Args:
+        manifest: Of the task.
+        cause: One of `codec.CAUSES`.
+        reason: One printable line.
+    """
+    task = json.loads(manifest)
+    kept = {key: task[key] for key in ("format", "run", "round", "client_id", "task", "scale")}
+    nothing = {"num_bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    body = {"cause": cause, "reason": "".join(letter if letter.isprintable() else " " for letter in reason)}
+    return carried(json.dumps({**kept, **nothing, "kind": "failure", "body": body}), b"")
 
 
 def text_of(content: RecordDict, key: str) -> str:

@@ -5,12 +5,13 @@ import logging
 import sys
 from pathlib import Path
 
-from fedpilot.engines.flower import sockets
+from fedpilot.engines.flower import machine, sockets
 from fedpilot.engines.flower.trainer import NodeOptions, Trainer
 
 
 def main(socket: str, options: str) -> None:
     """Answers at the socket until the process is ended."""
+    machine.follow_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     described = json.loads(options)
     sockets.serve(Trainer(NodeOptions(**{**described, "folder": Path(described["folder"])})), Path(socket))

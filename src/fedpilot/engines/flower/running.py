@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,10 +19,13 @@ from fedpilot.config.recipe import Recipe
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.setup import Experiment
 from fedpilot.engines.flower.engine import HELLO_S, FlowerEngine, Node, Nodes, settings_of
+from fedpilot.engines.flower.status import Board
+from fedpilot.engines.flower.storage import node_secret
 from fedpilot.engines.flower.timing import Timing
 from fedpilot.engines.flower.trainer import base_digest
 from fedpilot.errors import ConfigError
 from fedpilot.jobs import Job, Watch
+from fedpilot.rounds import Observer
 from fedpilot.types import Algorithm
 
 logger = logging.getLogger(__name__)
@@ -57,6 +62,8 @@ def run(
     *,
     read_test: bool = True,
     keys: Mapping[int, str] | None = None,
+    noted: bool = False,
+    noise_folder: Path | None = None,
 ) -> Comparison | None:
     """Waits for the nodes, then runs what is left of the job.
 
@@ -68,6 +75,9 @@ def run(
         watch: Who watches.
         read_test: As in `jobs.run`.
         keys: Node -> name of its key, which must be its client's; ``None`` where nodes have no keys.
+        noted: Whether the run notes what it is doing, for ``fedpilot status``, instead of being watched.
+        noise_folder: Where the secret is that the server's noise follows from; ``None`` for the recipe's seed, which
+            every node knows.
 
     Returns:
         As `jobs.run`.
@@ -76,19 +86,27 @@ def run(
         ConfigError: Not enough nodes came; the message says who was refused and why.
         FedpilotError: As `jobs.run`.
     """
-    carrier = _Carrier(grid, job, timing, keys)
-    job = replace(job, experiment=carrier.meet(waiting), engine_for=carrier.engine_for)
-    return jobs.run(job, watch, read_test=read_test)
+    carrier = _Carrier(grid, job, timing, keys, noted)
+    key = None if noise_folder is None else node_secret(noise_folder)
+    job = replace(job, experiment=carrier.meet(waiting), engine_for=carrier.engine_for, noise_key=key)
+    return jobs.run(job, carrier.board if noted else watch, read_test=read_test)
 
 
 class _Carrier:
     """The connection of one job to its nodes."""
 
-    def __init__(self, grid: Grid, job: Job, timing: Timing, keys: Mapping[int, str] | None) -> None:
+    def __init__(
+        self, grid: Grid, job: Job, timing: Timing, keys: Mapping[int, str] | None, noted: bool = False
+    ) -> None:
+        self._noted = noted
         self._grid, self._job, self._timing, self._keys = grid, job, timing, keys
         self._names: Mapping[int, str] = {}
         self._digest = base_digest(job.experiment.adapted)
         self._nodes = Nodes(grid, self._settings(None), self._unfit, timing.poll_s)
+
+    def board(self, method: str, last_round: int) -> AbstractContextManager[Observer]:
+        """Who notes down what a method's run does."""
+        return nullcontext(Board(self._job.path, method, last_round, lambda: self._nodes.refused))
 
     def meet(self, waiting: Waiting) -> Experiment:
         """Waits for the nodes; the experiment with their clients for a population.
@@ -101,7 +119,7 @@ class _Carrier:
         if file.exists():
             entries: dict[str, Entry] = json.loads(file.read_bytes())
             self._names = {entry["client_id"]: name for name, entry in entries.items()}
-            self._nodes.wait(lambda nodes: entries.keys() <= nodes.keys(), waiting.seconds, loading_s=HELLO_S)
+            self._wait(lambda nodes: entries.keys() <= nodes.keys(), len(entries), waiting.seconds)
         else:
             divided = [client.name for client in experiment.population.clients]
             entries = roster(self._first(waiting.nodes or len(divided), waiting.seconds), divided)
@@ -126,12 +144,23 @@ class _Carrier:
         return settings_of(experiment.recipe.resolved(), experiment.population.table.label_names, described)
 
     def _first(self, wanted: int, seconds: float) -> Mapping[str, Node]:
-        found = self._nodes.wait(lambda nodes: len(nodes) >= wanted, seconds, loading_s=HELLO_S)
+        found = self._wait(lambda nodes: len(nodes) >= wanted, wanted, seconds)
         if len(found) < wanted:
             refused = "".join(f"; {name} was refused: {reason}" for name, reason in self._nodes.refused.items())
             came = ", ".join(sorted(found)) or "nobody"
             raise ConfigError([f"{wanted} nodes must join within {seconds:.0f} s, got {len(found)} ({came}){refused}"])
         return found
+
+    def _wait(self, enough: Callable[[Mapping[str, Node]], bool], wanted: int, seconds: float) -> Mapping[str, Node]:
+        recipe = self._job.recipe
+        board = Board(self._job.path, recipe.algorithm.name, recipe.run.rounds, lambda: self._nodes.refused)
+
+        def noticed(nodes: Mapping[str, Node]) -> bool:
+            if self._noted:
+                board.waiting(wanted, list(nodes))
+            return enough(nodes)
+
+        return self._nodes.wait(noticed, seconds, loading_s=HELLO_S)
 
     def _unfit(self, node: Node) -> str | None:
         if self._keys is not None and node.name != self._keys.get(node.node_id):

@@ -3,6 +3,7 @@
 import json
 import logging
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,8 +15,9 @@ from fedpilot.engines.flower.running import Waiting, run
 from fedpilot.engines.flower.timing import Timing
 from fedpilot.errors import FedpilotError
 from fedpilot.jobs import Job
+from fedpilot.stopping import Halted
 
-HOME, RECIPE, OUTCOME = ".flower", "recipe.toml", "outcome.json"
+HOME, RECIPE, OUTCOME, STOP = ".flower", "recipe.toml", "outcome.json", "stop"
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,15 @@ def main(grid: Grid, context: Context) -> None:
     settings = json.loads((path / HOME / "settings.json").read_bytes())
     outcome: dict[str, object] = {"error": "the server's process ended", "problems": []}
     try:
-        job = begin(path)
+        job = replace(begin(path), halt=(path / HOME / STOP).exists)
         _log_to(path)
         keys = {int(node_id): name for name, node_id in settings["keys"].items()}
-        run(grid, job, Waiting(settings["nodes"], settings["wait_s"]), Timing(**settings["timing"]), keys=keys)
+        waiting, timing = Waiting(settings["nodes"], settings["wait_s"]), Timing(**settings["timing"])
+        run(grid, job, waiting, timing, keys=keys, noted=True, noise_folder=path / HOME)
         outcome = {}
+    except Halted:
+        outcome = {"halted": True}
+        logger.info("the run ended after a round, as it was asked to")
     except FedpilotError as error:
         outcome = {"error": str(error), "problems": list(getattr(error, "problems", ()))}
         logger.error("the run ended: %s", error)

@@ -110,10 +110,14 @@ def serve(trainer: "Trainer", path: Path) -> None:
                     head, payload = receive(connection)
                     if head["op"] == "describe":
                         send(connection, {"answer": trainer.describe(head["settings"])})
+                    elif head["op"] == "note":
+                        send(connection, {"manifest": trainer.note(head["settings"], head["manifest"])})
                     else:
-                        answer = trainer.update(head["settings"], Packed(head["manifest"], payload))
+                        answer = trainer.update(
+                            head["settings"], Packed(head["manifest"], payload), head.get("note", "")
+                        )
                         send(connection, {"manifest": answer.manifest}, answer.payload)
-                except (ClientError, OSError, KeyError, ValueError) as error:
+                except (ClientError, OSError, KeyError, ValueError, MemoryError) as error:
                     logger.warning("a question went unanswered: %s", error)
                     _tell(connection, error)
 
@@ -121,6 +125,7 @@ def serve(trainer: "Trainer", path: Path) -> None:
 def _tell(connection: socket.socket, error: Exception) -> None:
     """Says why there is no answer, if anybody still listens."""
     try:
-        send(connection, {"error": f"{error}"})
+        kind = {"kind": "memory"} if isinstance(error, MemoryError) else {}
+        send(connection, {"error": str(error) or type(error).__name__, **kind})
     except OSError:
         logger.warning("whoever asked has gone")

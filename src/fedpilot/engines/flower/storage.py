@@ -4,17 +4,52 @@ A folder for each run and client name, so that a restarted node goes on where it
 added and at last removed: a server that was killed and repeats a round finds what its node had before that round.
 """
 
+import contextlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from fedpilot import base_deltas, checkpoint
-from fedpilot.errors import ClientError
+from fedpilot.errors import ClientError, RecordError
 from fedpilot.types import BaseDelta, Tensors
+
+SECRET = "secret.key"
+SECRET_BYTES = 32
 
 VERSIONS = 3
 """Versions that stay; a server that repeats a round needs the last but one."""
+
+
+def node_secret(folder: Path) -> bytes:
+    """The secret of a node or a server, which its noise follows from; made at its first use, for its owner alone.
+
+    Args:
+        folder: The node's.
+
+    Raises:
+        RecordError: The file is damaged, or cannot be written.
+    """
+    file = folder / SECRET
+    if not file.exists():
+        with checkpoint.writing(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            made = folder / f"{SECRET}.{os.getpid()}"
+            made.unlink(missing_ok=True)
+            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as written:
+                written.write(os.urandom(SECRET_BYTES))
+                written.flush()
+                os.fsync(written.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(made, file)
+            made.unlink()
+            checkpoint.sync_folder(folder)
+    secret = file.read_bytes()
+    if len(secret) != SECRET_BYTES:
+        raise RecordError(f"{file} must hold {SECRET_BYTES} bytes, got {len(secret)}; restore it, or delete it")
+    return secret
 
 
 class MissingBaseError(ClientError):
@@ -34,13 +69,15 @@ class Storage:
         self.path = root / _plain(run) / _plain(name)
         self._base: BaseDelta | None = None
 
-    def kept(self, round: int) -> dict[str, Tensors]:
-        """What the client kept after the last round before this one; empty where it keeps nothing.
+    def kept(self, round: int, exchange: int = 1) -> dict[str, Tensors]:
+        """What the client kept after the last exchange before this one; empty where it keeps nothing.
+
+        A round that a server repeats begins with its first exchange, which sees nothing of the round.
 
         Raises:
             RecordError: The newest version is damaged.
         """
-        found = [number for number in self._numbers("kept") if number < round]
+        found = [number for number in self._numbers("kept") if number < round + (exchange > 1)]
         if not found:
             return {}
         return dict(cast(Mapping[str, Tensors], self._read("kept", found[-1])))

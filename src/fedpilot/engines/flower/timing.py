@@ -15,6 +15,7 @@ class Timing:
         reconnect_s: For clients whose nodes are not there when a round begins, all of them together.
         poll_s: Between two looks for an answer.
         ahead: Most tasks that are sent and not yet answered.
+        note_s: For the answers to a trip of a secure sum, all clients together; tasks have their own time.
     """
 
     timeout_s: float = 600.0
@@ -22,6 +23,7 @@ class Timing:
     reconnect_s: float = 30.0
     poll_s: float = 0.1
     ahead: int = 64
+    note_s: float = 60.0
 
     def wait_s(self, plan: Plan) -> float:
         """Seconds to wait for the answer to a planned task."""

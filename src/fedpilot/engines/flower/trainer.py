@@ -5,6 +5,7 @@ comes out. On a deployed node it lives in a process of its own and is spoken to 
 Flower starts a new process for each message; in a simulation it lives in the worker.
 """
 
+import gc
 import json
 import logging
 import platform
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -26,12 +27,14 @@ from fedpilot.config.recipe import Recipe, read_recipe
 from fedpilot.config.schema import ByteSize
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.data.partition import PartitionSettings
-from fedpilot.engines.flower import codec
-from fedpilot.engines.flower.codec import Cause, NodeFailure, Packed, Stamp
-from fedpilot.engines.flower.storage import MissingBaseError, Storage
+from fedpilot.engines.flower import codec, machine
+from fedpilot.engines.flower.codec import NodeFailure, Packed, Stamp
+from fedpilot.engines.flower.storage import MissingBaseError, Storage, node_secret
 from fedpilot.engines.in_process import carry
 from fedpilot.errors import ClientError, FedpilotError
 from fedpilot.model import AdaptedModel, build_model
+from fedpilot.privacy.client_dp import keyed
+from fedpilot.privacy.participant import Participant
 from fedpilot.tensors import digest
 from fedpilot.types import Algorithm, ClientProfile, Failure, Task
 
@@ -49,6 +52,8 @@ class NodeOptions:
         partition: Which part; ``None`` where it has a file.
         memory_bytes: Its budget; ``None`` for the recipe's, ``0`` to measure what is free.
         model: Its own copy of the base model; ``None`` for the recipe's source.
+        noise: Whether noise that protects its client follows from a ``secret`` in its folder, or is ``seeded`` by the
+            recipe, in a simulation, where a run is to repeat and nobody is protected.
     """
 
     folder: Path
@@ -57,6 +62,7 @@ class NodeOptions:
     partition: int | None = None
     memory_bytes: int | None = None
     model: str | None = None
+    noise: Literal["secret", "seeded"] = "secret"
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ class Trainer:
         self._methods: dict[str, Algorithm[Any]] = {}
         self._free = free_bytes("cuda" if torch.cuda.is_available() else "cpu")  # before anything is loaded
         self._storage: dict[tuple[str, str], Storage] = {}
+        self._participants: dict[tuple[str, str], Participant] = {}
 
     def describe(self, settings: str) -> str:
         """What this node is, as JSON; loads data and model, so that the first task finds them.
@@ -141,13 +148,16 @@ class Trainer:
             settings: JSON: ``recipe`` and, of the server's data, ``labels``.
 
         Returns:
-            ``name``, ``partition``, ``num_examples``, ``memory_bytes``, ``device``, ``dtypes``, ``base`` (SHA-256 of
-            the frozen weights) and versions; or ``error``, why it cannot take part.
+            ``name``, ``partition``, ``num_examples``, ``memory_bytes`` (its budget), ``free_bytes`` (before anything
+            was loaded), ``device``, ``dtypes``, ``base`` (SHA-256 of the frozen weights) and versions; or ``error``,
+            why it cannot take part.
         """
         try:
             loaded = self._load(settings)
-        except FedpilotError as error:
-            return json.dumps({"name": self._options.name or "", "error": str(error)})
+        except (FedpilotError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not ran_out(error):
+                raise
+            return json.dumps({"name": self._options.name or "", "error": str(error) or type(error).__name__})
         client = loaded.client
         return json.dumps(
             {
@@ -155,6 +165,7 @@ class Trainer:
                 "partition": self._options.partition,
                 "num_examples": client.num_examples,
                 "memory_bytes": client.memory_bytes,
+                "free_bytes": self._free,
                 "device": loaded.adapted.device.type,
                 "dtypes": ["float32", "bf16"] if _does_bf16(loaded.adapted.device) else ["float32"],
                 "base": loaded.digest,
@@ -162,12 +173,37 @@ class Trainer:
             }
         )
 
-    def update(self, settings: str, packed: Packed) -> Packed:
+    def note(self, settings: str, manifest: str) -> str:
+        """The answer to a note of a secure sum; its secrets stay in this process's memory.
+
+        Args:
+            settings: As for `update`.
+            manifest: The note.
+
+        Raises:
+            ClientError: The note cannot be read far enough to answer it.
+        """
+        stamp, asked = codec.decode_note(Packed(manifest, b""))
+        try:
+            loaded = self._load(settings)
+            text = self._participant(loaded, stamp).answer(stamp.client_id, stamp.round, str(asked))
+            return codec.encode_note(text, stamp).manifest
+        except Exception as error:
+            return codec.encode_failure(_failure(error, stamp), stamp).manifest
+
+    def _participant(self, loaded: _Loaded, stamp: Stamp) -> Participant:
+        key = (stamp.run, loaded.client.name)
+        if key not in self._participants:
+            self._participants[key] = loaded.recipe.safeguards.participant()
+        return self._participants[key]
+
+    def update(self, settings: str, packed: Packed, note: str = "") -> Packed:
         """A task's answer: the upload, or why there is none.
 
         Args:
             settings: JSON: ``recipe``, ``labels``, and ``method`` with its name and options.
             packed: The task.
+            note: Of a secure sum, by which the upload is masked.
 
         Raises:
             ClientError: The task cannot be read far enough to answer it.
@@ -180,34 +216,45 @@ class Trainer:
             stamp, task = codec.decode_task(packed, partial(lora.fresh, spec))
             if stamp.scale != spec.scale:
                 raise ClientError(f"scale must be {spec.scale} here, got {stamp.scale}; use the server's recipe")
-            answer = self._train(loaded, settings, stamp, task)
-        except (FedpilotError, MemoryError, torch.OutOfMemoryError) as error:
-            if stamp is None:
-                raise
-            return codec.encode_failure(NodeFailure(_cause(error), str(error) or type(error).__name__), stamp)
+            answer = self._train(loaded, settings, stamp, task, note)
         except Exception as error:
             if stamp is None:
                 raise
-            logger.exception("round %d failed", stamp.round)
-            return codec.encode_failure(NodeFailure("error", f"{type(error).__name__}: {error}"), stamp)
+            answer = codec.encode_failure(_failure(error, stamp), stamp)
         logger.info("round %d done in %.2f s", stamp.round, time.perf_counter() - started)
         return answer
 
-    def _train(self, loaded: _Loaded, settings: str, stamp: Stamp, task: Task) -> Packed:
+    def _train(self, loaded: _Loaded, settings: str, stamp: Stamp, task: Task, note: str) -> Packed:
         client = loaded.client
+        if bool(note) != (loaded.recipe.safeguards.secure is not None):
+            raise ClientError("an upload must be masked where the recipe says so, got a task that says otherwise")
+        promised = self._options.memory_bytes
+        if promised and (task.plan.peak_bytes or 0) > promised:  # it came back with less than it said before
+            raise MemoryError(f"plan must fit {promised} bytes, this node's budget now, got {task.plan.peak_bytes}")
         storage = self._storage.setdefault(
             (stamp.run, client.name), Storage(self._options.folder, stamp.run, client.name)
         )
         task = replace(task, base_delta=storage.based(task.base_delta))
         places = _Place(loaded, stamp.client_id)
-        clients = Clients(loaded.recipe, cast(Population, places), loaded.adapted)
+        clients = Clients(
+            loaded.recipe, cast(Population, places), loaded.adapted, noise_key=self._noise_key(client.name, stamp, task)
+        )
         method = self._method(loaded, json.loads(settings)["method"])
-        result, kept = carry(method, clients.site, stamp.round, task, storage.kept(stamp.round))
+        result, kept = carry(method, clients.site, stamp.round, task, storage.kept(stamp.round, task.exchange))
         if isinstance(result, Failure):
             return codec.encode_failure(NodeFailure("client", result.reason), stamp)
+        if note:
+            result = self._participant(loaded, stamp).mask(stamp.round, note, task, result)
         if kept is not None:
             storage.keep(stamp.round, kept)
         return codec.encode_upload(result, stamp)
+
+    def _noise_key(self, name: str, stamp: Stamp, task: Task) -> bytes | None:
+        """Of a client's noise in a round, the same again for the same task, and another one for any other."""
+        if self._options.noise == "seeded":
+            return None
+        told = f"{stamp.run}, {name}, round {stamp.round}, {sorted(task.plan.trainable)}, {digest(task.tensors)}"
+        return keyed(node_secret(self._options.folder), told)
 
     def _method(self, loaded: _Loaded, described: Mapping[str, Any]) -> Algorithm[Any]:
         """The method; it does not plan here, so it has no memory profile."""
@@ -243,7 +290,16 @@ class _Place:
 
 def _on_own_data(recipe: Recipe, file: str, labels: tuple[str, ...]) -> Recipe:
     """The recipe for one client with a file of its own, all of whose rows it trains on."""
-    data = replace(recipe.data, source=file, test=file, columns=(), limit=None, validation_fraction=0.0, labels=labels)
+    data = replace(
+        recipe.data,
+        source=file,
+        test=file,
+        columns=(),
+        limit=None,
+        validation_fraction=0.0,
+        public_fraction=0.0,
+        labels=labels,
+    )
     clients = replace(
         recipe.clients, memory=(ByteSize(max(recipe.clients.memory)),), tiers=(), deadline_s=(), flops_per_second=()
     )
@@ -258,13 +314,8 @@ def _on_own_data(recipe: Recipe, file: str, labels: tuple[str, ...]) -> Recipe:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free now, on the GPU or in the machine."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise ClientError("free memory must be readable from /proc/meminfo, got no line MemAvailable; give --memory")
+    """Memory that is free now, on the GPU or for this process."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else machine.free_memory()
 
 
 def base_digest(adapted: AdaptedModel) -> str:
@@ -285,9 +336,34 @@ def _python() -> str:
     return platform.python_version()
 
 
-def _cause(error: BaseException) -> Cause:
-    if isinstance(error, MissingBaseError):
-        return "base"
+SCARCE = (
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive", "could not create a memory object"),
+)
+"""What libraries say in a RuntimeError when memory ran out."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has a class for it on a GPU only.
+
+    oneDNN says no more than that it could not create a primitive; for shapes that a round before had, memory is why.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "memory"
-    return "client"
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SCARCE)
+
+
+def _failure(error: Exception, stamp: Stamp) -> NodeFailure:
+    """What the server is told of an error."""
+    reason = str(error) or type(error).__name__
+    if ran_out(error):
+        logger.warning("round %d ran out of memory: %s", stamp.round, reason)
+        error.__traceback__ = None  # it holds the tensors of the step
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return NodeFailure("memory", reason)
+    if isinstance(error, FedpilotError):
+        return NodeFailure("base" if isinstance(error, MissingBaseError) else "client", reason)
+    logger.error("round %d failed", stamp.round, exc_info=error)
+    return NodeFailure("error", f"{type(error).__name__}: {error}")
