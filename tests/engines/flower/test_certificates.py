@@ -10,7 +10,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedpilot.engines.flower import certificates
+from fedpilot.engines.flower.deployment import Serving, serve
 from fedpilot.errors import ConfigError
+from tests.engines.flower.test_reach import DAY, NOW, signed
 
 
 def test_the_servers_certificate_is_its_authoritys_and_names_its_hosts(tmp_path: Path) -> None:
@@ -110,3 +112,20 @@ def test_a_node_without_a_key_cannot_be_revoked_and_nobody_else_is(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"'Olso' must be a node with a key in .*, known: Bern"):
         certificates.revoke(tmp_path, ["Bern", "Olso"])
     assert list(certificates.public_keys(tmp_path)) == ["Bern"]
+
+
+def test_a_server_does_not_start_with_a_certificate_that_has_ended(tmp_path: Path) -> None:
+    certs = signed(tmp_path / "certs", NOW - 3 * DAY, NOW - DAY)
+    certificates.make(certs, [], ["Bern"])
+    serving = Serving(tmp_path / "run", None, certs, "127.0.0.1", 1)
+    with pytest.raises(ConfigError, match=r"server\.crt must be good at .* UTC, got .*; make new certificates"):
+        serve(serving, print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_good_certificates_have_good_dates_and_another_file_is_none(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [], [])
+    certificates.check_dates(tmp_path)
+    (tmp_path / "server.crt").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"server\.crt must be a certificate"):
+        certificates.check_dates(tmp_path)

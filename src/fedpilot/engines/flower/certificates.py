@@ -87,6 +87,30 @@ def public_keys(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((folder / NODES).glob("*.pub"))}
 
 
+def check_dates(folder: Path) -> None:
+    """Refuses certificates that no node would believe by the clock of this machine.
+
+    Raises:
+        ConfigError: One has ended or has not begun, or is no certificate.
+    """
+    now, problems = datetime.datetime.now(datetime.UTC), []
+    for file in (folder / CA, folder / SERVER):
+        try:
+            found = x509.load_pem_x509_certificate(file.read_bytes())
+        except (OSError, ValueError) as error:
+            problems.append(f"{file} must be a certificate: {error}; make new ones with fedpilot certs")
+            continue
+        since, until = found.not_valid_before_utc, found.not_valid_after_utc
+        if not since <= now <= until:
+            problems.append(
+                f"{file} must be good at {now:%Y-%m-%d %H:%M} UTC, got {since:%Y-%m-%d} to {until:%Y-%m-%d}; "
+                "make new certificates with fedpilot certs in another folder and give ca.crt to the nodes, or set the "
+                "clock"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
 def _make_server(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
     now = datetime.datetime.now(datetime.UTC)
     until = now + datetime.timedelta(days=days)

@@ -93,7 +93,7 @@ def serve(serving: Serving, say: Say, halt: Callable[[], bool] = lambda: False) 
 
     Raises:
         Halted: It was asked to end.
-        ConfigError: Certificates or nodes are missing.
+        ConfigError: Certificates or nodes are missing, or certificates have ended.
         FedpilotError: The run failed, with its reason.
     """
     known = certificates.public_keys(serving.certificates)
@@ -105,6 +105,7 @@ def serve(serving: Serving, say: Say, halt: Callable[[], bool] = lambda: False) 
     if absent or not known:
         lacking = ", ".join(absent) or "the key of any node"
         raise ConfigError([f"{serving.certificates} must hold certificates and keys, lacks {lacking}; fedpilot certs"])
+    certificates.check_dates(serving.certificates)
     _check_port(serving.host, serving.port)
     home = _home(serving)
     with _superlink(serving, home) as process:
