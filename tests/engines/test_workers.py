@@ -160,7 +160,8 @@ def test_what_breaks_while_a_workplace_is_set_up_is_raised() -> None:
 
 
 SCRIPT = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 from fedpilot.engines.workers import Pool, Workers
 from fedpilot.types import Plan, Task
 from tests.engines import parts
@@ -184,7 +185,10 @@ def test_no_process_outlives_a_run_that_is_interrupted_or_killed(how: signal.Sig
         os.killpg(run.pid, how)  # as a terminal does: to every process of the run
     else:
         run.send_signal(how)
-    _, errors = run.communicate(timeout=20)
+    try:
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert (b"KeyboardInterrupt" in errors) == (how is signal.SIGINT)
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
