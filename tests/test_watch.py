@@ -153,7 +153,7 @@ def test_a_browser_sees_new_rounds_by_itself_without_an_error_or_a_request_to_el
 ) -> None:
     with chromium.Page(tmp_path / "browser") as browser:
         browser.call("Page.navigate", url=served.url)
-        expect(browser, "Nothing is on record yet")
+        expect(browser, "no round has been evaluated yet")
         for number, accuracy in enumerate((0.125, 0.5, 0.625, 0.9375)):
             add(served.path, number, accuracy)
             expect(browser, f"{accuracy:.4f}".rstrip("0"))

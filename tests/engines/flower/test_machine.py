@@ -4,11 +4,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from fedpilot.engines.flower import machine
+from fedpilot.engines.flower import deployment, machine
 from fedpilot.errors import ClientError
 
 MIB = 2**20
@@ -94,3 +95,25 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_what_a_process_started_ends_with_it_wherever_it_is() -> None:
+    """A grandchild in a session of its own whose parent leaves at the first signal, as Flower's server app."""
+    child = (
+        "import subprocess, sys, time\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(99)']\n"
+        "print(subprocess.Popen(command, start_new_session=True).pid, flush=True)\n"
+        "time.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    with process.stdout:
+        grandchild = int(process.stdout.readline())
+    assert machine.descendants(process.pid) == {grandchild: machine.begun(grandchild)}
+    deployment.end(process)
+    assert process.returncode == -signal.SIGTERM
+    deadline = time.monotonic() + 20
+    while machine.begun(grandchild) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert machine.begun(2**22 + 1) is None

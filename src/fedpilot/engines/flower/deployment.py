@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedpilot import checkpoint
 from fedpilot.config.recipe import Recipe
-from fedpilot.engines.flower import certificates, compat, status
+from fedpilot.engines.flower import certificates, compat, machine, status
 from fedpilot.engines.flower.compat import Control
 from fedpilot.engines.flower.server_app import HOME, OUTCOME, RECIPE, STOP
 from fedpilot.engines.flower.timing import Timing
@@ -368,9 +368,13 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, and makes its group end where it does not; Flower's helpers follow their parent."""
+    """Asks a process to end, and makes its group and all that it started end where they do not.
+
+    Flower starts a run's server app in a group of its own, which outlives the SuperLink and the helper between them.
+    """
     if process.poll() is not None:
         return  # its number may be another process's by now; its helpers follow it
+    family = machine.descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + STOP_S
     # Waited for without being reaped, so that the group's number stays its own until the group is ended.
@@ -381,6 +385,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for number, when in family.items():
+        if machine.begun(number) == when:  # not another one of that number
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -35,6 +35,34 @@ def follow_parent() -> None:
         sys.exit(1)
 
 
+def begun(number: int, proc: Path = PROC) -> int | None:
+    """When a process began, in the kernel's ticks; ``None`` where there is none of that number, or a dead one."""
+    found = _stat(proc / str(number) / "stat")
+    return None if found is None or found[0] == "Z" else int(found[19])
+
+
+def descendants(number: int, proc: Path = PROC) -> dict[int, int]:
+    """Processes that a process started, and that those started: number -> when it began; empty without ``/proc``."""
+    parents: dict[int, int] = {}
+    for folder in proc.glob("[0-9]*"):
+        found = _stat(folder / "stat")
+        if found is not None:
+            parents[int(folder.name)] = int(found[1])
+    family, new = set[int](), {number}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - family
+        family |= new
+    return {child: when for child in family if (when := begun(child, proc)) is not None}
+
+
+def _stat(file: Path) -> list[str] | None:
+    """Fields of a process from its state on: what stands before is its name, which may hold anything."""
+    try:
+        return file.read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
 def oom_kills(proc: Path = PROC) -> int:
     """Processes that the kernel has killed for memory since it started, in whatever control group."""
     try:
