@@ -1,6 +1,7 @@
 """Condensation: its distances, its gradient in pieces, what it starts from, and what it needs of memory."""
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fedpilot import condensation, memory, planning
+from fedpilot.algorithms.fedaf import FedAF
 from fedpilot.client import ClientModel
 from fedpilot.config import setup
 from fedpilot.errors import ModelError, TrainingError
@@ -18,7 +20,8 @@ from fedpilot.training import Batch, TrainingSettings
 from fedpilot.types import Condensation, Matching, Plan, StepKind, Task
 from tests import tiny, toy
 
-HOW = Condensation(depth=1, length=5, ipc=2, iterations=3, rank=2, mix=3)
+OPTIONS = FedAF(toy.spec(), cast(MemoryProfile, None), depth=1, length=5, ipc=2, iterations=3, rank=2, mix=3)
+HOW = OPTIONS.condensation
 TRAINING = TrainingSettings(learning_rate=0.01, batch_size=6)
 
 

@@ -134,14 +134,32 @@ def alike(
         blocks = straggler_blocks(profile, spec, rank, budget_bytes)
     plan = train_blocks(spec, -1, rank, blocks)
     plans = [fit_or_leave_out(profile, replace(plan, client_id=client.client_id), client) for client in cohort]
-    for entry, client in zip(plans, cohort, strict=True):
-        # Whoever was found to have less than it said is left out; a budget that is too small is a recipe's error.
-        if participation == "all" and isinstance(entry, LeftOut) and client.margin == 1.0:
+    return required(plans, cohort, "everything", "'exclusive' or 'straggler'") if participation == "all" else plans
+
+
+def required(
+    entries: list[Plan | LeftOut], cohort: Sequence[ClientProfile], what: str, instead: str
+) -> list[Plan | LeftOut]:
+    """The entries, where all clients are asked to train the same and none is left out for its budget.
+
+    Whoever was found to have less than it said is left out; a budget that is too small is a recipe's error.
+
+    Args:
+        entries: Of the cohort, in its order.
+        cohort: The round's clients.
+        what: They are asked to train.
+        instead: Other values of ``participation``, for the message.
+
+    Raises:
+        PlanError: A client is left out that never ran out of memory.
+    """
+    for entry, client in zip(entries, cohort, strict=True):
+        if isinstance(entry, LeftOut) and client.margin == 1.0:
             raise PlanError(
-                f"client {entry.client_id} must train everything with participation 'all', but {entry.reason}; "
-                "raise its budget, or choose participation 'exclusive' or 'straggler'"
+                f"client {entry.client_id} must train {what} with participation 'all', but {entry.reason}; "
+                f"raise its budget, or choose participation {instead}"
             )
-    return plans
+    return entries
 
 
 def straggler_blocks(profile: MemoryProfile, spec: ModelSpec, rank: int, budget_bytes: int | None) -> Sequence[int]:
@@ -163,10 +181,15 @@ def largest_suffixes(
     spec: ModelSpec,
     attachment: Attachment,
     checkpointing: bool = False,
+    participation: Literal["all", "exclusive", "suffix"] = "suffix",
 ) -> list[Plan | LeftOut]:
     """For each client the deepest blocks in which it can train an attachment, with all of it that lies in no block.
 
-    Of plans that train the same, whole batches come before small ones and these before recomputed blocks.
+    Of plans that train the same, whole batches come before small ones and these before recomputed blocks. With another
+    participation than ``suffix`` every block counts or none.
+
+    Raises:
+        PlanError: ``all``, and a client cannot train every block.
     """
     plans = [
         plan
@@ -177,7 +200,11 @@ def largest_suffixes(
     def order(plan: Plan) -> tuple[int, int, int]:
         return -len(plan.trainable), len(plan.checkpointed), -(plan.micro_batch or profile.batch)
 
-    return first_that_fits(profile, sorted(plans, key=order), cohort)
+    if participation != "suffix":
+        most = max(len(plan.trainable) for plan in plans)
+        plans = [plan for plan in plans if len(plan.trainable) == most]
+    entries = first_that_fits(profile, sorted(plans, key=order), cohort)
+    return required(entries, cohort, "every block", "'suffix'") if participation == "all" else entries
 
 
 def first_that_fits(

@@ -287,20 +287,20 @@ class Condensation:
         min_examples: A class with fewer of them counts as absent; at least two.
     """
 
-    space: Literal["hidden", "pixels"] = "hidden"
-    depth: int = 0
-    rank: int = 8
-    length: int = 16
-    ipc: int = 10
-    iterations: int = 100
-    lr: float = 0.05
-    lam_loc: float = 0.8
-    projections: int = 64
-    tau: float = 2.0
-    start: Literal["average", "noise"] = "average"
-    mix: int = 8
-    jitter: float = 0.1
-    min_examples: int = 2
+    space: Literal["hidden", "pixels"]
+    depth: int
+    rank: int
+    length: int
+    ipc: int
+    iterations: int
+    lr: float
+    lam_loc: float
+    projections: int
+    tau: float
+    start: Literal["average", "noise"]
+    mix: int
+    jitter: float
+    min_examples: int
 
 
 @dataclass(frozen=True)

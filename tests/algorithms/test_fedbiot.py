@@ -13,7 +13,7 @@ import torch
 from tests import tiny, toy
 
 from fedpilot import alignment, jobs, lora, memory, planning, rounds, tensors
-from fedpilot.algorithms.fedbiot import FedBiOT, FedBiOTState, kept_blocks, squared_distance
+from fedpilot.algorithms.fedbiot import FedBiOT, FedBiOTState, kept_blocks, proximal
 from fedpilot.algorithms.fedit import FedIT
 from fedpilot.client import ClientModel
 from fedpilot.config import setup
@@ -269,7 +269,7 @@ def test_a_server_without_data_or_without_alignment_is_refused() -> None:
 
 def gradients(algorithm: FedBiOT, live: Tensors, received: Tensors) -> dict[str, torch.Tensor]:
     moved = {name: tensor.clone().requires_grad_(True) for name, tensor in live.items()}
-    (algorithm.eps * squared_distance(moved, received)).backward()
+    proximal(received, algorithm.eps)(moved).backward()
     return {name: tensor.grad for name, tensor in moved.items() if tensor.grad is not None}
 
 

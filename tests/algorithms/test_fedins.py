@@ -258,8 +258,11 @@ def test_all_or_nothing_refuses_to_run_where_somebody_can_train_less() -> None:
     state = method.init(np.random.default_rng(0))
     ample, least = ClientProfile(0, 5, 10**9), ClientProfile(7, 5, min(w.peak for w in profile.plans.values()))
     assert all(isinstance(plan, Plan) for plan in method.plan(state, [ample], np.random.default_rng(0)))
-    with pytest.raises(PlanError, match="client 7 must train the whole pool with participation 'all'"):
+    message = r"client 7 must train every block with participation 'all', but needs .* MiB .* choose .* 'suffix'"
+    with pytest.raises(PlanError, match=message):
         method.plan(state, [ample, least], np.random.default_rng(0))
+    _, out = method.plan(state, [ample, replace(least, margin=1.25)], np.random.default_rng(0))
+    assert isinstance(out, LeftOut)
 
 
 def test_robust_rules_and_privacy_know_when_everybody_sends_the_same() -> None:

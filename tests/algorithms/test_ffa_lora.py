@@ -138,6 +138,11 @@ def test_all_refuses_to_run_where_somebody_does_not_fit(profile: MemoryProfile) 
         plans(FFALoRA(SPEC, profile, rank=RANK), [rich(0), ClientProfile(1, 5, 100)])
 
 
+def test_all_leaves_out_who_ran_out_of_memory_before(profile: MemoryProfile) -> None:
+    _, out = plans(FFALoRA(SPEC, profile, rank=RANK), [rich(0), ClientProfile(1, 5, 100, margin=1.25)])
+    assert isinstance(out, LeftOut)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_ranks_gives_the_largest_that_fits(profile: MemoryProfile, rank: int) -> None:
     algorithm = FFALoRA(SPEC, profile, rank=RANK, participation="ranks")

@@ -309,7 +309,7 @@ def test_a_client_trains_the_deepest_blocks_whose_measured_peak_fits() -> None:
     for participation in ("exclusive", "all"):
         method = replace(method, participation=participation)
         if participation == "all":
-            with pytest.raises(PlanError, match="client 1 must train the whole bank"):
+            with pytest.raises(PlanError, match="client 1 must train every block with participation 'all'"):
                 method.plan(state, [rich, poor], np.random.default_rng(0))
         else:
             _, out = method.plan(state, [rich, poor], np.random.default_rng(0))

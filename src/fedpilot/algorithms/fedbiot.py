@@ -15,7 +15,7 @@ server's optimiser is made anew for each alignment, so that state is adapters al
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from fedpilot.types import (
     Deployment,
     LeftOut,
     ModelSpec,
+    Penalty,
     Plan,
     Site,
     Task,
@@ -124,7 +125,7 @@ class FedBiOT:
         """min L_C = CE(x, y) + ε ||w_A - w_A^t||², with the emulator frozen."""
         received = tensors.only(task.tensors, task.plan.trainable)
         site.model.load(task)
-        metrics = site.model.fit(task.plan.trainable, penalty=lambda live: self.eps * squared_distance(live, received))
+        metrics = site.model.fit(task.plan.trainable, penalty=proximal(received, self.eps))
         return site.upload(task.plan, metrics)
 
     def aggregate(self, state: FedBiOTState, uploads: Iterable[Upload]) -> FedBiOTState:
@@ -215,6 +216,15 @@ def kept_blocks(num_blocks: int, beta: float) -> tuple[int, ...]:
     return tuple(i * (num_blocks - 1) // max(count - 1, 1) for i in range(count))
 
 
-def squared_distance(live: Tensors, received: Tensors) -> torch.Tensor:
-    """||w - w_t||² over the received tensors, with its graph."""
-    return torch.stack([(live[n] - received[n].to(live[n].device)).square().sum() for n in received]).sum()
+def proximal(received: Tensors, eps: float) -> Penalty:
+    """ε ||w - w_t||² over the received tensors, which go to the live ones' device once and not each step."""
+
+    @cache
+    def on(device: torch.device) -> Tensors:
+        return {name: tensor.to(device) for name, tensor in received.items()}
+
+    def penalty(live: Tensors) -> torch.Tensor:
+        start = on(next(iter(live.values())).device)
+        return eps * torch.stack([(live[name] - start[name]).square().sum() for name in start]).sum()
+
+    return penalty

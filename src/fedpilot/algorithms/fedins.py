@@ -111,15 +111,9 @@ class FedIns:
         Raises:
             PlanError: ``participation = "all"`` and a client cannot train everything.
         """
-        entries = planning.largest_suffixes(self.profile, cohort, self.spec, self.attachment, self.checkpointing)
-        if self.participation == "all":
-            for client, entry in zip(cohort, entries, strict=True):
-                if (isinstance(entry, LeftOut) or len(entry.trainable) < len(state.pool)) and client.margin == 1.0:
-                    raise PlanError(
-                        f"client {client.client_id} must train the whole pool with participation 'all', but has memory "
-                        "or time for less; raise its budget, or choose participation 'suffix'"
-                    )
-        return entries
+        return planning.largest_suffixes(
+            self.profile, cohort, self.spec, self.attachment, self.checkpointing, self.participation
+        )
 
     def distribute(self, state: FedInsState, plan: Plan) -> Task:
         """The whole pool."""

@@ -167,10 +167,7 @@ class FFALoRA:
             ranks = self.ranks or range(1, self.rank + 1)
             return planning.largest_rank(self.profile, self.spec, client, ranks, factors="B")
         whole = planning.train_all(self.spec, client.client_id, self.rank, factors="B")
-        entry = planning.fit_or_leave_out(self.profile, whole, client)
-        if self.participation == "all" and isinstance(entry, LeftOut):
-            raise PlanError(
-                f"client {entry.client_id} must train B at rank {self.rank} with participation 'all', but "
-                f"{entry.reason}; raise its budget, or choose participation 'exclusive' or 'ranks'"
-            )
-        return entry
+        entries = [planning.fit_or_leave_out(self.profile, whole, client)]
+        if self.participation == "all":
+            planning.required(entries, [client], f"B at rank {self.rank}", "'exclusive' or 'ranks'")
+        return entries[0]

@@ -113,12 +113,8 @@ class GaLore:
         lowest = sorted(set(self.spec.block_of.values())) if self.participation == "suffix" else [0]
         plans = [self._plan_from(block) for block in lowest]
         entries = planning.first_that_fits(self.profile, plans, cohort)
-        for entry in entries:
-            if self.participation == "all" and isinstance(entry, LeftOut):
-                raise PlanError(
-                    f"client {entry.client_id} must train everything with participation 'all', but {entry.reason}; "
-                    "raise its budget, or choose participation 'suffix' or 'exclusive'"
-                )
+        if self.participation == "all":
+            return planning.required(entries, cohort, "everything", "'suffix' or 'exclusive'")
         return entries
 
     def distribute(self, state: GaLoreState, plan: Plan) -> Task:

@@ -17,7 +17,6 @@ import numpy as np
 
 from fedpilot import attachments, planning, tensors
 from fedpilot.attachments import AdapterBank
-from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import (
     Averaging,
@@ -108,9 +107,7 @@ class RecLoRA:
         Raises:
             PlanError: ``participation = "all"`` and a client cannot train everything.
         """
-        entries = planning.largest_suffixes(self.profile, cohort, self.spec, self.bank)
-        whole = attachments.suffix_plan(self.spec, -1, self.bank, 0).trainable
-        return [self._granted(entry, client, whole) for entry, client in zip(entries, cohort, strict=True)]
+        return planning.largest_suffixes(self.profile, cohort, self.spec, self.bank, participation=self.participation)
 
     def distribute(self, state: RecLoRAState, plan: Plan) -> Task:
         """The whole bank and its gates."""
@@ -137,15 +134,3 @@ class RecLoRA:
         user = None if vectors is None else vectors.float().mean(dim=0)
         pairs = attachments.mixed_adapter(self.bank, self.spec, deployment.tensors, user)
         return Deployment(pairs, deployment.base_delta)
-
-    def _granted(self, entry: Plan | LeftOut, client: ClientProfile, whole: frozenset[str]) -> Plan | LeftOut:
-        """The largest plan that fits, where ``participation`` lets it count."""
-        if self.participation == "suffix" or (isinstance(entry, Plan) and entry.trainable == whole):
-            return entry
-        if self.participation == "all" and client.margin == 1.0:
-            raise PlanError(
-                f"client {client.client_id} must train the whole bank with participation 'all', but has memory or time "
-                "for less; raise its budget, or choose participation 'exclusive' or 'suffix', or a smaller N"
-            )
-        plan = attachments.suffix_plan(self.spec, client.client_id, self.bank, 0)
-        return planning.left_out(client, planning.priced(self.profile, plan, client))

@@ -3,7 +3,6 @@
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import threading
@@ -39,12 +38,6 @@ pytestmark = pytest.mark.slow
 
 faults: Any = benchmark("faults")
 PATIENT = Timing(timeout_s=120.0, reconnect_s=120.0)
-needs_network = pytest.mark.skipif(
-    not faults.can_cut(), reason="network namespaces need root and iproute2; make network"
-)
-needs_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root"
-)
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +143,10 @@ def test_a_node_that_is_started_anew_between_rounds_leaves_no_trace_in_the_bits(
         assert sum(map(len, failures(path))) == 1
 
 
-@needs_mounts
 def test_a_server_with_a_full_disk_ends_with_the_reason_and_goes_on_when_there_is_room(
     place: Place, tmp_path: Path
 ) -> None:
+    assert os.geteuid() == 0, "a small disk is mounted, which takes root; run make slow as root"
     disk, recipe = tmp_path / "disk", place.recipe("fedex-lora", rounds=4)
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
@@ -199,10 +192,10 @@ def test_a_node_that_cannot_write_fails_with_the_reason_and_takes_part_again_whe
     assert failures(path)[-1] == []
 
 
-@needs_network
 def test_a_network_cut_of_thirty_seconds_costs_its_node_a_round_at_most_and_nobody_else_anything(
     tmp_path: Path,
 ) -> None:
+    assert faults.can_cut(), "network namespaces take root, and iproute2, which make network installs"
     with faults.links(1) as (link,):
         (tmp_path / "place").mkdir()
         place = make_place(tmp_path / "place", (link.server,))

@@ -277,10 +277,6 @@ class FlowerEngine:
             return Failure(sent.client_id, sent.failure)
         try:
             reply = self._reply(sent)
-            if reply is None:
-                return Failure(sent.client_id, f"an answer must come within {sent.wait_s:.0f} s, got none")
-            if reply.has_error():
-                raise ClientError(error_of(reply))
             packed = Packed(messages.text_of(reply.content, "manifest"), b"")
             self.wire.up += packed.num_bytes
             _, answer = codec.decode_note(packed, sent.stamp)
@@ -339,10 +335,6 @@ class FlowerEngine:
             return Failure(sent.client_id, sent.failure)
         try:
             reply = self._reply(sent)
-            if reply is None:
-                return Failure(sent.client_id, f"an answer must come within {sent.wait_s:.0f} s, got none")
-            if reply.has_error():
-                raise ClientError(error_of(reply))
             packed = Packed(messages.text_of(reply.content, "manifest"), messages.payload_of(reply.content))
             self.wire.up += packed.num_bytes
             with self.wire.phase("decode"):
@@ -363,17 +355,23 @@ class FlowerEngine:
         most_bytes = sent.most_bytes if sent.note else None
         return self._receive(self._send(sent.stamp.round, whole, sent.note, most_bytes))
 
-    def _reply(self, sent: _Sent) -> Message | None:
-        """The answer; ``None`` where it does not come in time. Later ones are never asked for."""
+    def _reply(self, sent: _Sent) -> Message:
+        """The answer; later ones are never asked for.
+
+        Raises:
+            ClientError: It does not come in time, or says that it is none.
+        """
         deadline = sent.pushed + sent.wait_s
         while True:
             late = time.monotonic() > deadline
             with self.wire.phase("pull"):
                 found: Message | None = compat.pulled(self.grid, sent.message_id, sent.most_bytes)
+            if found is not None and found.has_error():
+                raise ClientError(error_of(found))
             if found is not None:
                 return found
             if late:
-                return None
+                raise ClientError(f"an answer must come within {sent.wait_s:.0f} s, got none")
             time.sleep(self.timing.poll_s)
 
 
