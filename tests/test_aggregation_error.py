@@ -18,6 +18,7 @@ from fedpilot.algorithms.flexlora import FlexLoRA
 from fedpilot.algorithms.flora import FLoRA
 from fedpilot.algorithms.hetlora import HetLoRA
 from fedpilot.algorithms.xgblora import XGBLoRA
+from fedpilot.attachments import InstancePool
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import (
     Algorithm,
@@ -302,6 +303,16 @@ def test_each_round_records_it_with_its_time_where_asked_for(profile: MemoryProf
         assert 0 < record.facts["aggregation_error"] < 10
         assert record.seconds["aggregation_error"] > 0
     for record in recorded(FedIT(SPEC, profile, rank=RANK)):
+        assert "aggregation_error" not in record.facts
+
+
+def test_a_pool_or_a_bank_has_none_rather_than_a_zero_that_means_nothing(profile: MemoryProfile) -> None:
+    class Pooled(FedIT):
+        def deploy(self, state: Any) -> Deployment:
+            return replace(super().deploy(state), attachment=InstancePool(2, 1))
+
+    for record in recorded(Pooled(SPEC, profile, rank=RANK), measure_aggregation=True):
+        assert record.aggregated
         assert "aggregation_error" not in record.facts
 
 

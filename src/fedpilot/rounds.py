@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeAlias, cast, runtime_checkable
+from typing import Generic, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fedpilot.exchange import Ahead, Clock, RoundResults, UploadRecord, second_t
 from fedpilot.margins import Margins
 from fedpilot.privacy import client_dp
 from fedpilot.privacy.fixed_point import Sums
-from fedpilot.privacy.secure_settings import weighs_by_examples
+from fedpilot.privacy.secure_settings import SecureAggregation, weighs_by_examples
 from fedpilot.safeguards import NONE, Safeguards
 from fedpilot.screening import WINDOW, Norms, Screen
 from fedpilot.secure_round import Agreement, SecureResults
@@ -317,6 +317,66 @@ def run_rounds(
         logger.warning("ended after round %d of %d: another one would exceed the privacy budget", last, num_rounds)
 
 
+@dataclass(frozen=True)
+class _Round(Generic[State]):
+    """What the steps of one round share.
+
+    Attributes:
+        algorithm: The method.
+        state: Before the round.
+        engine: Carries tasks to clients.
+        safeguards: Screening, a robust rule, privacy of clients.
+        number: From 1.
+        cohort: The sampled clients.
+        plans: Of those that take part.
+        screen: Of the updates' norms; ``None`` where nothing is screened.
+        expected_clients: That a round samples; what noise is scaled to.
+        seed: Of everything that the server draws.
+        tell: Hears of each client once.
+        clock: Of the round's phases.
+    """
+
+    algorithm: Algorithm[State]
+    state: State
+    engine: Engine
+    safeguards: Safeguards
+    number: int
+    cohort: Sequence[ClientProfile]
+    plans: Sequence[Plan]
+    screen: Screen | None
+    expected_clients: int
+    seed: int
+    tell: Callable[[UploadRecord | Failure], None]
+    clock: Clock
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the round's noise."""
+        return [self.seed, self.number]
+
+    @property
+    def averages_updates(self) -> bool:
+        """Whether the server sees each client's update, so that a mean of them can be held against the new state."""
+        plain = self.safeguards.central is None and self.safeguards.secure is None
+        # What is exchanged instead of pairs and weights has no mean that is one change of a weight.
+        pairs = not isinstance(self.algorithm, Exchanges) and self.algorithm.deploy(self.state).attachment is None
+        return plain and pairs
+
+    def distribute(self, plan: Plan) -> Task:
+        """What the planned client downloads."""
+        return self.algorithm.distribute(self.state, plan)
+
+    @property
+    def trained(self) -> Tensors:
+        """Global values of what the method trains, whoever was sampled."""
+        kind = self.algorithm.step_kind if isinstance(self.algorithm, HasStepKind) else StepKind()
+        present = client_dp.trained_by(self.algorithm.deploy(self.state).tensors, kind.patterns)
+        how = self.algorithm.averaging if isinstance(self.algorithm, Averages) else None
+        if self.plans and how is not None and how.same_names:
+            present = tensors.only(present, self.plans[0].trainable)
+        return present
+
+
 def run_round(
     algorithm: Algorithm[State],
     engine: Engine,
@@ -342,43 +402,17 @@ def run_round(
     left_out = tuple(entry for entry in entries if isinstance(entry, LeftOut))
     observer.round_started(round, plans, left_out)
 
-    tell = partial(observer.client_done, round)
-    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else None
-    whole = whole_weights(algorithm.spec, kind)
     screen = Screen(safeguards.screening, norms, algorithm.spec.scale) if safeguards.screening.on else None
-    public = None if safeguards.private is None else client_dp.PUBLIC
-    distribute = partial(algorithm.distribute, state)
-    seeds = [seed, round]
-    results: RoundResults | SecureResults
-    if isinstance(algorithm, Exchanges):
-        results = _second_exchange(algorithm, engine, state, round, plans, tell, clock)
-    elif safeguards.secure is None:
-        results = RoundResults(engine, round, plans, distribute, tell, clock, whole, screen, public)
-    else:
-        agreement = _agreement(algorithm, state, safeguards, cohort, plans, expected_clients, seeds)
-        results = SecureResults(safeguards.carrier(engine), round, plans, distribute, tell, clock, agreement)
-    plain = safeguards.central is None and safeguards.secure is None
-    exact = measure_aggregation and plain and not isinstance(algorithm, Exchanges)  # which upload no updates
-    error = AggregationError(algorithm, state, plans) if exact else None
-    uploads = Ahead(safeguards.robust(results if error is None else map(partial(_taken, error, clock), results)))
-    if safeguards.central is not None and safeguards.secure is None:
-        uploads = Ahead(_noisy(algorithm, state, safeguards, uploads, plans, expected_clients, seeds))
-    before, aggregated = state, uploads.any()
-    facts: dict[str, float] = {}
-    if aggregated:  # a round in which nobody delivers leaves the state as it is
-        with clock.phase("aggregate"):
-            state = algorithm.aggregate(state, uploads)
-            _check_read(uploads, results, algorithm)
-        if error is not None:
-            with clock.phase("aggregation_error"):
-                facts["aggregation_error"] = error.result(state)
-        if safeguards.too_few(len(results.records), len(plans)):
-            logger.warning("round %d: %d uploads are too few to count", round, len(results.records))
-            state, aggregated, facts = before, False, {}
-        elif isinstance(algorithm, RefinesOnServer) and server is not None:
-            with clock.phase("refine"):
-                state = algorithm.refine(state, server(round))
-
+    tell = partial(observer.client_done, round)
+    this = _Round(
+        algorithm, state, engine, safeguards, round, cohort, plans, screen, expected_clients, seed, tell, clock
+    )
+    results = _results(this)
+    error = AggregationError(algorithm, state, plans) if measure_aggregation and this.averages_updates else None
+    state, aggregated, facts = _aggregated(this, results, error)
+    if aggregated and isinstance(algorithm, RefinesOnServer) and server is not None:
+        with clock.phase("refine"):
+            state = algorithm.refine(state, server(round))
     with clock.phase("evaluate"):
         metrics = measured(algorithm, state, evaluate)
     profiles = {client.client_id: client for client in cohort}
@@ -400,116 +434,115 @@ def run_round(
     return state, record
 
 
-def _second_exchange(
-    algorithm: Exchanges[State],
-    engine: Engine,
-    state: State,
-    round: int,
-    plans: Sequence[Plan],
-    tell: Callable[[UploadRecord | Failure], None],
-    clock: Clock,
-) -> RoundResults:
+def _results(this: _Round[State]) -> RoundResults | SecureResults:
+    """The round's exchange with its clients: a plain one, the second of two, or one of masked uploads."""
+    if isinstance(this.algorithm, Exchanges):
+        return _second_exchange(this, this.algorithm)
+    if this.safeguards.secure is not None:
+        carrier, agreement = this.safeguards.carrier(this.engine), _agreement(this, this.safeguards.secure)
+        return SecureResults(carrier, this.number, this.plans, this.distribute, this.tell, this.clock, agreement)
+    kind = this.algorithm.step_kind if isinstance(this.algorithm, HasStepKind) else None
+    whole = whole_weights(this.algorithm.spec, kind)
+    public = None if this.safeguards.private is None else client_dp.PUBLIC
+    return RoundResults(
+        this.engine, this.number, this.plans, this.distribute, this.tell, this.clock, whole, this.screen, public
+    )
+
+
+def _second_exchange(this: _Round[State], exchanges: Exchanges[State]) -> RoundResults:
     """The first exchange to its end, and what comes of the second; observers hear of a client once."""
-    method = cast(Algorithm[State], algorithm)
 
     def failed(result: UploadRecord | Failure) -> None:
         if isinstance(result, Failure):
-            tell(result)
+            this.tell(result)
 
-    first = RoundResults(engine, round, plans, partial(method.distribute, state), failed, clock)
+    first = RoundResults(this.engine, this.number, this.plans, this.distribute, failed, this.clock)
     messages = list(first)
-    with clock.phase("mid_round"):
-        of = {plan.client_id: plan for plan in plans}
-        tasks = second_tasks(algorithm.mid_round(state, of, messages) if messages else (), messages, of)
+    with this.clock.phase("mid_round"):
+        of = {plan.client_id: plan for plan in this.plans}
+        tasks = second_tasks(exchanges.mid_round(this.state, of, messages) if messages else (), messages, of)
     of_client = {task.plan.client_id: task for task in tasks}
 
     def distribute(plan: Plan) -> Task:
         return of_client.pop(plan.client_id)
 
-    return RoundResults(engine, round, [task.plan for task in tasks], distribute, tell, clock, earlier=first)
+    second = [task.plan for task in tasks]
+    return RoundResults(this.engine, this.number, second, distribute, this.tell, this.clock, earlier=first)
 
 
-def _learnt(known: Margins, record: RoundRecord) -> Margins:
-    """The margins after a round that is recorded."""
-    budgets = {plan.client_id: plan.budget_bytes for plan in record.plans}
-    return margins.learnt(known, record.failures, budgets, {plan.client_id: plan.peak_bytes for plan in record.plans})
-
-
-def _taken(error: AggregationError[State], clock: Clock, upload: Upload) -> Upload:
-    """The upload, counted."""
-    with clock.phase("aggregation_error"):
-        return error.take(upload)
-
-
-def _noisy(
-    algorithm: Algorithm[State],
-    state: State,
-    safeguards: Safeguards,
-    uploads: Iterator[Upload],
-    plans: Sequence[Plan],
-    expected_clients: int,
-    seed: Sequence[int],
-) -> Iterator[Upload]:
-    """The uploads' noisy mean, over the tensors that the method trains whoever was sampled."""
-    assert safeguards.central is not None, "or there is no noise"
-    present = _trained(algorithm, state, plans)
-    of_client = {plan.client_id: plan for plan in plans}
-
-    def distribute(client_id: int) -> Task:
-        return algorithm.distribute(state, of_client[client_id])
-
-    return client_dp.noisy_mean(
-        safeguards.central,
-        uploads,
-        distribute,
-        present,
-        expected_clients=expected_clients,
-        seed=seed,
-        secret=safeguards.noise_key,
-    )
-
-
-def _trained(algorithm: Algorithm[State], state: State, plans: Sequence[Plan]) -> Tensors:
-    """Global values of what the method trains, whoever was sampled."""
-    kind = algorithm.step_kind if isinstance(algorithm, HasStepKind) else StepKind()
-    present = client_dp.trained_by(algorithm.deploy(state).tensors, kind.patterns)
-    how = algorithm.averaging if isinstance(algorithm, Averages) else None
-    if plans and how is not None and how.same_names:
-        present = tensors.only(present, plans[0].trainable)
-    return present
-
-
-def _agreement(
-    algorithm: Algorithm[State],
-    state: State,
-    safeguards: Safeguards,
-    cohort: Sequence[ClientProfile],
-    plans: Sequence[Plan],
-    expected_clients: int,
-    seed: Sequence[int],
-) -> Agreement:
+def _agreement(this: _Round[State], secure: SecureAggregation) -> Agreement:
     """What a round with secure aggregation sums, and the mean or the noisy mean that becomes of it."""
-    assert safeguards.secure is not None, "or nothing is agreed"
-    present, central = _trained(algorithm, state, plans), safeguards.central
-    by_examples = weighs_by_examples(algorithm)
-    most = max((client.num_examples for client in cohort), default=1) if by_examples else 1
+    present, central = this.trained, this.safeguards.central
+    by_examples = weighs_by_examples(this.algorithm)
+    most = max((client.num_examples for client in this.cohort), default=1) if by_examples else 1
     if central is None:
-        present = tensors.only(present, frozenset().union(*(plan.trainable for plan in plans)))
-        how = algorithm.averaging if isinstance(algorithm, Averages) else None
+        present = tensors.only(present, frozenset().union(*(plan.trainable for plan in this.plans)))
+        how = this.algorithm.averaging if isinstance(this.algorithm, Averages) else None
         outcome = secure_round.outcome(present, padded=how is not None and how.padded)
-        return Agreement(safeguards.secure, present, by_examples, most, outcome)
+        return Agreement(secure, present, by_examples, most, outcome)
 
     def noisy(sums: Sums) -> Upload:
         return client_dp.released(
             central,
             sums.values,
             present,
-            expected_clients=expected_clients,
-            seed=seed,
-            secret=safeguards.noise_key,
+            expected_clients=this.expected_clients,
+            seed=this.seeds,
+            secret=this.safeguards.noise_key,
         )
 
-    return Agreement(safeguards.secure, present, by_examples, most, noisy)
+    return Agreement(secure, present, by_examples, most, noisy)
+
+
+def _aggregated(
+    this: _Round[State], results: RoundResults | SecureResults, error: AggregationError[State] | None
+) -> tuple[State, bool, dict[str, float]]:
+    """The next state, whether it is one, and its error: a round in which too few deliver leaves the state as it is."""
+    uploads = Ahead(_guarded(this, results, error))
+    if not uploads.any():
+        return this.state, False, {}
+    with this.clock.phase("aggregate"):
+        state = this.algorithm.aggregate(this.state, uploads)
+        _check_read(uploads, results, this.algorithm)
+    if this.safeguards.too_few(len(results.records), len(this.plans)):
+        logger.warning("round %d: %d uploads are too few to count", this.number, len(results.records))
+        return this.state, False, {}
+    if error is None:
+        return state, True, {}
+    with this.clock.phase("aggregation_error"):
+        return state, True, {"aggregation_error": error.result(state)}
+
+
+def _guarded(
+    this: _Round[State], results: RoundResults | SecureResults, error: AggregationError[State] | None
+) -> Iterator[Upload]:
+    """The uploads as the method gets them: counted, through the robust rule, or their noisy mean instead."""
+
+    def counted(upload: Upload) -> Upload:
+        assert error is not None, "or nothing is counted"
+        with this.clock.phase("aggregation_error"):
+            return error.take(upload)
+
+    uploads = Ahead(this.safeguards.robust(results if error is None else map(counted, results)))
+    central = this.safeguards.central
+    if central is None or this.safeguards.secure is not None:  # secure sums have their noise already
+        return uploads
+    of_client = {plan.client_id: plan for plan in this.plans}
+    return client_dp.noisy_mean(
+        central,
+        uploads,
+        lambda client_id: this.distribute(of_client[client_id]),
+        this.trained,
+        expected_clients=this.expected_clients,
+        seed=this.seeds,
+        secret=this.safeguards.noise_key,
+    )
+
+
+def _learnt(known: Margins, record: RoundRecord) -> Margins:
+    """The margins after a round that is recorded."""
+    budgets = {plan.client_id: plan.budget_bytes for plan in record.plans}
+    return margins.learnt(known, record.failures, budgets, {plan.client_id: plan.peak_bytes for plan in record.plans})
 
 
 def sample(
