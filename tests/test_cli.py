@@ -722,6 +722,20 @@ def test_init_writes_a_recipe_that_runs_out_of_options_alone(toy: Toy, tmp_path:
     assert fedpilot("init", str(tmp_path), *options, *model).exit_code == 2  # there is one
 
 
+def test_inits_recipe_finds_a_model_that_was_named_from_where_init_was_run(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy.folder)
+    options = ["--data", "data.csv", "--text", "text", "--label", "label", "--by", "city", "--memory", "1 GiB", "--yes"]
+    assert fedpilot("init", str(tmp_path), *options, "--model", "model").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path("recipe.toml")).model.source == str((toy.folder / "model").resolve())
+    monkeypatch.chdir(toy.folder)
+    assert fedpilot("init", ".", *options, "--model", "model").exit_code == 0
+    assert 'source = "model"' in Path("recipe.toml").read_text()
+    Path("recipe.toml").unlink()
+
+
 def test_init_asks_again_for_a_file_and_columns_that_are_not_there(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     answers = [

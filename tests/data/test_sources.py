@@ -157,19 +157,21 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load(DataSettings(str(tmp_path / "data.xlsx")))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b"text;label\nfine;good\n", "must have commas between its columns, got ';'; save it with commas"),
-        (b"text\tlabel\nfine\tgood\n", "name it .tsv"),
-        (b"PK\x03\x04\x14\x00", "must be text, got a spreadsheet or an archive; save the sheet as .csv"),
-    ],
-)
-def test_a_table_that_a_spreadsheet_saved_otherwise_says_how_to_save_it(
-    text: bytes, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / "data.csv").write_bytes(text)
-    with pytest.raises(DataError, match=message):
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_a_table_is_read_with_whatever_a_spreadsheet_puts_between_columns(mark: str, tmp_path: Path) -> None:
+    rows = [["a text", "label"], ['"fine; really, | good"', "good"]]
+    (tmp_path / "data.csv").write_text("\ufeff" + "\n".join(mark.join(row) for row in rows) + "\n", encoding="utf-8")
+    assert read_file(tmp_path / "data.csv") == {"a text": ["fine; really, | good"], "label": ["good"]}
+
+
+def test_a_semicolon_in_a_header_with_commas_is_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text;raw,label\nfine,good\n")
+    assert read_file(tmp_path / "data.csv") == {"text;raw": ["fine"], "label": ["good"]}
+
+
+def test_a_spreadsheet_with_the_name_of_a_table_says_how_to_save_it(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_bytes(b"PK\x03\x04\x14\x00")
+    with pytest.raises(DataError, match=r"must be text, got a spreadsheet or an archive; save the sheet as \.csv"):
         read_file(tmp_path / "data.csv")
 
 

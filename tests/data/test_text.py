@@ -73,3 +73,8 @@ def test_a_real_tokenizer_gives_what_transformers_gives(caplog: pytest.LogCaptur
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: pytest.TempPathFactory) -> None:
     with pytest.raises(DataError, match="must come with a tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_model_that_is_nowhere_is_told_where_folders_are_looked_for() -> None:
+    with pytest.raises(DataError, match=r"got 'my-model'; give the path of a folder, which in a recipe is relative"):
+        load_tokenizer("my-model")

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from fedpilot import display, progress
 from fedpilot.algorithms import ALGORITHMS
+from fedpilot.assets import ASSETS
 from fedpilot.commands.hardware import budgets_of
 from fedpilot.config import hardware, profiles
 from fedpilot.config.population import load_population
@@ -139,10 +140,17 @@ def measured(answers: Answers) -> tuple[int, list[str]]:
         return length, [f"{-(-planner.price(step, n)[0] * 105 // (100 * 2**20))} MiB" for n in shares]
 
 
+def _from_recipe(path: Path, folder: Path) -> str:
+    """The path as the recipe in the folder says it: the name of what lies beside it, or else in full."""
+    path = path.expanduser().resolve()
+    return path.name if path.parent == folder.resolve() else str(path)
+
+
 def text_of(answers: Answers, length: int, sizes: Sequence[str], folder: Path) -> str:
     """The recipe with its comments."""
-    data = answers.data.expanduser().resolve()
-    source = data.name if data.parent == folder.resolve() else str(data)
+    source = _from_recipe(answers.data, folder)
+    is_folder = answers.model not in ASSETS and Path(answers.model).expanduser().is_dir()
+    model = _from_recipe(Path(answers.model), folder) if is_folder else answers.model
     label = f"label = {json.dumps(answers.label)}           # the column of classes\n" if answers.label else ""
     fraction = "test_fraction = 0.2           # held out for the test\n"
     kept = f"columns = [{json.dumps(answers.by)}]\n" if answers.by else ""
@@ -157,12 +165,12 @@ def text_of(answers: Answers, length: int, sizes: Sequence[str], folder: Path) -
 # Made by fedpilot init. Look first at who would train what: fedpilot plan {folder / "recipe.toml"}
 
 [run]
-name = {json.dumps(re.sub(r"[^a-z0-9]+", "-", data.stem.lower()).strip("-") or "run")}
+name = {json.dumps(re.sub(r"[^a-z0-9]+", "-", answers.data.stem.lower()).strip("-") or "run")}
 rounds = {answers.rounds}
 # out = "runs"                # where run directories are made
 
 [model]
-source = {json.dumps(answers.model)}
+source = {json.dumps(model)}
 task = {json.dumps(answers.task)}
 rank = {RANK}
 alpha = {2 * RANK}

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from fedpilot.data.packaged import Columns, Raw
 from fedpilot.data.tables import DataSettings
@@ -39,10 +39,6 @@ def read_file(path: Path) -> Columns:
         raise DataError(f"{path} must be a table of cells, got: {error}; save it as .jsonl or .parquet") from error
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{path} must hold at least one row, got none")
-    header = next(iter(columns))
-    if path.suffix == ".csv" and len(columns) == 1 and (mark := next((mark for mark in ";\t|" if mark in header), "")):
-        advice = "save it with commas" if mark != "\t" else "name it .tsv"
-        raise DataError(f"{path} must have commas between its columns, got {mark!r}; {advice}")
     return columns
 
 
@@ -50,11 +46,18 @@ def _records(path: Path) -> Iterator[Mapping[str, object]]:
     # utf-8-sig drops the mark that spreadsheet programs put at the start.
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix != ".jsonl":
-            yield from csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+            yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else _separator(file))
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _json_object(path, number, line)
+
+
+def _separator(file: TextIO) -> str:
+    """What stands between the columns of the first line, where there is no comma: spreadsheets follow the country."""
+    header = file.readline()
+    file.seek(0)
+    return "," if "," in header else next((mark for mark in ";\t|" if mark in header), ",")
 
 
 def _json_object(path: Path, number: int, line: str) -> Mapping[str, object]:
@@ -72,7 +75,8 @@ def _columns(path: Path, records: Iterator[Mapping[str, object]]) -> Columns:
     columns: dict[str, list[object]] = {}
     for number, record in enumerate(records, start=1):
         if None in record:
-            raise DataError(f"row {number} of {path} must have as many cells as the header, got more; quote its commas")
+            advice = "put quotes around cells with commas"
+            raise DataError(f"row {number} of {path} must have as many cells as the header, got more; {advice}")
         for name in record:
             if name not in columns:
                 columns[name] = [None] * (number - 1)

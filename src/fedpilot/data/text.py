@@ -42,6 +42,11 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         return cast(Tokenizer, AutoTokenizer.from_pretrained(model))
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
+        if isinstance(error, OSError) and not Path(model).is_dir():
+            raise DataError(
+                f"model must be a packaged name, a folder or a hub id that can be reached, got {str(model)!r}; give "
+                f"the path of a folder, which in a recipe is relative to the recipe's own [{first_line}]"
+            ) from error
         raise DataError(f"model {str(model)!r} must come with a tokenizer, got: {first_line}") from error
 
 
