@@ -95,6 +95,16 @@ def test_a_server_killed_at_any_moment_goes_on_to_the_same_bits(place: Place, tm
     assert adapter(path) == in_process(recipe, tmp_path / "here")
 
 
+def kill_when_asked(trainer: list[int], within: float = 120.0) -> None:
+    """Kills a stopped trainer once a task waits at its socket, which is the path among its arguments."""
+    words = Path(f"/proc/{trainer[0]}/cmdline").read_text().split("\0")
+    path = next(word for word in words if word.endswith("/trainer"))
+    deadline = time.monotonic() + within
+    while Path("/proc/net/unix").read_text().split().count(path) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)  # the listener is one, whoever waits another
+    kill(trainer)
+
+
 def test_a_node_killed_in_the_middle_of_its_task_fails_and_comes_back_with_what_it_remembered(
     place: Place, tmp_path: Path
 ) -> None:
@@ -104,7 +114,7 @@ def test_a_node_killed_in_the_middle_of_its_task_fails_and_comes_back_with_what_
         if text.startswith("round 1") and not killed:
             killed.extend(processes_of(place.folder / "node-Oslo", "flower.node"))
             os.kill(killed[0], signal.SIGSTOP)  # the next task reaches it and waits
-            threading.Timer(3.0, lambda: kill(killed)).start()
+            threading.Thread(target=kill_when_asked, args=(killed,)).start()
 
     with place.nodes() as folders:
         deployment.serve(place.serving(path, recipe, timing=PATIENT), kill_the_trainer)

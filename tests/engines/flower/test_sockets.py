@@ -112,6 +112,24 @@ def test_a_trainer_that_dies_over_a_task_is_an_error(tmp_path: Path) -> None:
         thread.join()
 
 
+def test_a_trainer_that_dies_before_it_has_read_its_task_is_the_same_error(tmp_path: Path) -> None:
+    with TemporaryDirectory(prefix="fp") as folder, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        path = Path(folder) / "t"
+        listener.bind(str(path))
+        listener.listen()
+
+        def die() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1)
+            connection.close()  # with the rest unread: the other side's connection is reset
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        with pytest.raises(ClientError, match=r"the trainer must answer, got .*; see its log"):
+            update(path, "m", b"x" * 2**20)
+        thread.join()
+
+
 def test_the_short_lived_process_imports_no_model_and_no_torch() -> None:
     code = (
         "import sys, fedpilot.engines.flower.client_app as _; print([n for n in ('torch', 'peft') if n in sys.modules])"

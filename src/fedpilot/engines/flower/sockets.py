@@ -72,12 +72,15 @@ def ask(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             _connect(connection, path)
-            send(connection, head, payload)
-            return receive(connection)
         except OSError as error:
             raise ClientError(
                 f"a trainer must listen at {path}, got {error}; start the node with fedpilot join"
             ) from error
+        try:
+            send(connection, head, payload)
+            return receive(connection)
+        except OSError as error:  # it ended with the question unread
+            raise ClientError(f"the trainer must answer, got {error}; see its log") from error
 
 
 def _connect(connection: socket.socket, path: Path) -> None:
