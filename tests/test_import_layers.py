@@ -77,6 +77,7 @@ LAYERS: dict[str, set[str]] = {
         *("types", "errors", "tensors", "lora", "memory", "training", "model", "galore", "condensation", "privacy"),
         "alignment",
     },
+    "together": {"types", "errors", "training", "model", "client"},
     "export": {"types", "errors", "tensors", "lora", "base_deltas", "model"},
     "pool_export": {"types", "errors", "attachments", "model"},
     "data": {"types", "errors", "assets"},

@@ -59,6 +59,21 @@ class ClientModel:
         self._plan: Plan | None = None
         self._factors: Tensors = {}
 
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The model that it shares with other clients."""
+        return self._adapted
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """How it trains."""
+        return self._settings
+
+    @property
+    def learning_rate(self) -> float:
+        """Of this round."""
+        return self._learning_rate
+
     def load(self, task: Task) -> None:
         """Takes the task's tensors and marks what its plan trains and recomputes."""
         self._adapted.load(task)
@@ -123,7 +138,7 @@ class ClientModel:
                 metrics["steps"] = float(step)
         if private:
             metrics["sample_rate"] = self._sample_rate
-        self._check(plan, metrics, parameters)
+        check_trained(plan, metrics, parameters)
         self._factors = adapted.factored(galore.factors(train.optimiser, parameters))
         seconds = time.perf_counter() - started
         return {"loss": sum(losses) / len(losses) if losses else math.nan, "seconds": seconds, **metrics}
@@ -253,7 +268,7 @@ class ClientModel:
                 matching,
                 generator=torch.Generator().manual_seed(self._order_seed),
             )
-        self._check(plan, metrics, live)
+        check_trained(plan, metrics, live)
         adapted.set_trainable(plan.trainable)
         return metrics
 
@@ -304,7 +319,7 @@ class ClientModel:
             raise ModelError("a client's task must be loaded before it is worked on, got none or another client's")
         return self._plan
 
-    def _batches(self, max_steps: int | None) -> Iterator[Batch]:
+    def batches(self, max_steps: int | None = None) -> Iterator[Batch]:
         """The batches of all local epochs, up to the caps on steps."""
         generator = torch.Generator().manual_seed(self._order_seed)
         left = min((cap for cap in (self._settings.max_steps, max_steps) if cap is not None), default=None)
@@ -331,7 +346,7 @@ class ClientModel:
     def _drawn(self, max_steps: int | None, private: bool) -> Iterator[Batch | Sequence[int]]:
         """The batches of all steps; of a private kind the positions of the examples that Poisson sampling draws."""
         if not private:
-            yield from self._batches(max_steps)
+            yield from self.batches(max_steps)
             return
         settings = self._settings
         caps = (settings.max_steps, max_steps, settings.local_epochs * -(-len(self._examples) // settings.batch_size))
@@ -385,15 +400,20 @@ class ClientModel:
             torch.manual_seed(self._dropout_seed)
             yield
 
-    @staticmethod
-    def _check(plan: Plan, metrics: Mapping[str, float], trained: Tensors) -> None:
-        if "steps" not in metrics:
-            raise TrainingError(f"client {plan.client_id} must have examples to train on, got none")
-        if not is_finite(trained):
-            raise TrainingError(
-                f"trained tensors must be finite, got NaN or infinity after {metrics['steps']:.0f} steps of client "
-                f"{plan.client_id}; lower the learning rate or set max_grad_norm"
-            )
+
+def check_trained(plan: Plan, metrics: Mapping[str, float], trained: Tensors) -> None:
+    """Refuses what a fit came to.
+
+    Raises:
+        TrainingError: There were no examples, or a trained tensor is not finite.
+    """
+    if "steps" not in metrics:
+        raise TrainingError(f"client {plan.client_id} must have examples to train on, got none")
+    if not is_finite(trained):
+        raise TrainingError(
+            f"trained tensors must be finite, got NaN or infinity after {metrics['steps']:.0f} steps of client "
+            f"{plan.client_id}; lower the learning rate or set max_grad_norm"
+        )
 
 
 def _shape(plan: Plan) -> object:

@@ -378,7 +378,7 @@ def check_private(kind: StepKind, penalty: Penalty | None) -> None:
         )
 
 
-def checked(loss: torch.Tensor, step: int) -> float:
+def checked(loss: torch.Tensor | float, step: int) -> float:
     """The loss as a number.
 
     Raises:

@@ -4,12 +4,14 @@ A round is data moving one way: plan, distribute, local update, upload, aggregat
 arrow carries one of the frozen values below. Shapes are written in words: ``(rank, in)``, ``(out, rank)``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
+
+from fedpilot.errors import ClientError
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 """Named tensors: ``<module>.lora_A`` (rank, in), ``<module>.lora_B`` (out, rank), ``<module>.weight`` (out, in)."""
@@ -393,6 +395,64 @@ class Model(Protocol):
 
     def read(self) -> Tensors:
         """Copies of all loaded tensors, head included."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a client asks of `Model.fit`, with all that it starts from.
+
+    Attributes:
+        model: The client's.
+        task: Its task, with the tensors that it holds now.
+        trainable: As `Model.fit` has it, and so are the others.
+        penalty: Added to each step's loss.
+        max_steps: Most optimiser steps.
+        kind: How a step is made.
+    """
+
+    model: Model
+    task: Task
+    trainable: frozenset[str]
+    penalty: Penalty | None = None
+    max_steps: int | None = None
+    kind: StepKind | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a `Fit`.
+
+    Attributes:
+        metrics: As `Model.fit` returns them.
+        tensors: All loaded tensors after it, as `Model.read` has them.
+    """
+
+    metrics: Mapping[str, float]
+    tensors: Tensors
+
+
+class FitsTogether(Protocol):
+    """Trains several clients in one pass over the base that they share."""
+
+    @property
+    def clients_per_pass(self) -> int:
+        """Most clients of a pass; at least 2."""
+
+    def likeness(self, model: Model, task: Task) -> Hashable | None:
+        """What all clients of a pass have in common; ``None`` for one that must train by itself."""
+
+    def room(self, model: Model, task: Task) -> int:
+        """How many clients like this one a pass has memory for; at least 1."""
+
+    def fit(self, fits: Sequence[Fit]) -> Sequence[Fitted | ClientError] | None:
+        """Trains clients that are alike, each to what it would come to by itself.
+
+        Args:
+            fits: Of at least two clients.
+
+        Returns:
+            One entry for each; ``None`` where they cannot train in one pass after all. Nothing is changed then.
+        """
 
 
 @runtime_checkable

@@ -1,6 +1,7 @@
-"""Models: `loading` gets one and finds its parts, `adapted` puts adapters into it."""
+"""Models: `loading` gets one and finds its parts, `adapted` puts adapters into it, `batched` several clients'."""
 
 from fedpilot.model.adapted import AdaptedModel, build_model, check_tensors, cross_entropy, ranks_of
+from fedpilot.model.batched import Stack, UnlikeError
 from fedpilot.model.inside import ModelLens, item_shape, program_of
 from fedpilot.model.loading import Device, ModelSettings, TaskType
 
@@ -9,7 +10,9 @@ __all__ = [
     "Device",
     "ModelLens",
     "ModelSettings",
+    "Stack",
     "TaskType",
+    "UnlikeError",
     "build_model",
     "check_tensors",
     "cross_entropy",

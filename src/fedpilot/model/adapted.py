@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -70,6 +71,7 @@ class AdaptedModel:
         base: The transformers model. Its weights are frozen but for the head.
         facts: What was chosen while it was built, for the record.
         plan: The plan of the loaded task; ``None`` after `deploy`.
+        accepted: Names that a batch may have for the base to read them.
         mode: Context in which its tensors can be computed with; not trivial for a model without storage.
     """
 
@@ -90,7 +92,7 @@ class AdaptedModel:
         # Taken before any injection: the parameter objects survive it, their names do not.
         self._parameters: dict[str, nn.Parameter] = dict(self.base.named_parameters())
         self._inputs = _extra_inputs(self.base, settings)
-        self._accepted = frozenset(inspect.signature(self.base.forward).parameters)
+        self.accepted = frozenset(inspect.signature(self.base.forward).parameters)
         self._padding = _padding(self.base, settings)
         self._attachment: Attachment | None = None
         self._attached: Attached | None = None
@@ -145,6 +147,13 @@ class AdaptedModel:
     def padding(self) -> int | None:
         """Token by which a decoder that classifies finds the end of a text; ``None`` for all other models."""
         return self._padding
+
+    @property
+    def filler(self) -> int:
+        """A token that may stand where the attention mask is 0."""
+        config: Any = backbone_config(self.base)
+        known = getattr(config, "pad_token_id", None)
+        return known if isinstance(known, int) and known >= 0 else 0
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -215,6 +224,37 @@ class AdaptedModel:
                 layer.scaling[_ADAPTER] = self.spec.scale
             self._run_blocks(running)
 
+    def linear_layers(self) -> dict[str, tuple[str, str | None]]:
+        """Layers of the loaded pairs and head: path in the whole base -> names of the weight and of the bias."""
+        found: dict[str, tuple[str, str | None]] = {}
+        for name in self._live:
+            owner, _, kind = name.rpartition(".")
+            if kind in ("lora_A", "lora_B"):
+                found[f"{name}.{_ADAPTER}"] = (name, None)
+            elif kind == "weight":
+                bias = f"{owner}.bias"
+                found[owner] = (name, bias if bias in self._live else None)
+        return found
+
+    @contextmanager
+    def with_layers(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """In the body these layers stand where the base has its own, by path in the whole base."""
+        running = [self._blocks.index(block) for block in self.blocks]
+        own = self._exchanged(layers, running)
+        try:
+            yield
+        finally:
+            self._exchanged(own, running)
+
+    def _exchanged(self, layers: Mapping[str, nn.Module], running: Sequence[int]) -> dict[str, nn.Module]:
+        """Puts layers into the base; those that stood there."""
+        self._run_blocks(range(self.spec.num_blocks))  # modules are found by their names in the whole model
+        before = {path: self.base.get_submodule(path) for path in layers}
+        for path, layer in layers.items():
+            self.base.set_submodule(path, layer)
+        self._run_blocks(running)
+        return before
+
     @contextmanager
     def watching(self, blocks: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Block -> hidden states (examples, length, width) that it gave in the body's last forward pass."""
@@ -237,6 +277,20 @@ class AdaptedModel:
         above = ("classifier", "seq_classif", "summary")
         rates = [value for name, value in options.items() if "drop" in name and not name.startswith(above)]
         return any(isinstance(rate, int | float) and rate > 0 for rate in [*rates, self.settings.lora_dropout])
+
+    @cached_property
+    def rows_are_independent(self) -> bool:
+        """Whether an example trains alike whatever else is in the batch: nothing drops out, nothing is batch-normed."""
+        dropping = (module.p > 0 for module in self.base.modules() if isinstance(module, nn.Dropout))
+        normed = (isinstance(module, _BatchNorm) for module in self.base.modules())
+        return not (self.has_frozen_dropout or any(dropping) or any(normed))
+
+    @cached_property
+    def head_is_linear(self) -> bool:
+        """Whether the head is made of plain linear layers and nothing else."""
+        owners = {name.rpartition(".")[0] for name in self.spec.head}
+        held = {f"{owner}.{name}" for owner in owners for name, _ in self.base.get_submodule(owner).named_parameters()}
+        return held == set(self.spec.head) and all(type(self.base.get_submodule(o)) is nn.Linear for o in owners)
 
     def train(self, trainable: frozenset[str], *, frozen_dropout: bool) -> None:
         """Switches dropout on; without ``frozen_dropout`` only in and above the lowest block with a trained tensor."""
@@ -300,7 +354,7 @@ class AdaptedModel:
     def logits(self, batch: Batch) -> torch.Tensor:
         """(examples, classes), or (examples, length, words) of a language model."""
         read = {} if self._attachment is None else self._attachment.columns
-        inputs = {name: tensor for name, tensor in batch.items() if name in self._accepted or name in read}
+        inputs = {name: tensor for name, tensor in batch.items() if name in self.accepted or name in read}
         inputs.pop("labels", None)
         if self._prefix is None:
             return self._forward(inputs)
@@ -314,7 +368,7 @@ class AdaptedModel:
             self._prefix.clear()
 
     def _forward(self, inputs: Batch) -> torch.Tensor:
-        own = self._padded({name: tensor for name, tensor in inputs.items() if name in self._accepted})
+        own = self._padded({name: tensor for name, tensor in inputs.items() if name in self.accepted})
         with training.arithmetic(self.settings.dtype, self.device.type):
             if self._attached is not None:
                 side = {name: tensor for name, tensor in inputs.items() if name not in own}
