@@ -33,7 +33,7 @@ from fedpilot.types import Averages, Averaging, ClientProfile, Task, Tensors, Up
 
 CENTRAL, LOCAL = 7, 8  # what a noise generator is for, beside the seed, the round and the client
 
-PUBLIC = frozenset({"rank", "seconds", "peak_bytes", "sample_rate", "steps"})
+PUBLIC = frozenset({"rank", "seconds", "peak_bytes", "sample_rate", "steps", "clients_in_pass"})
 """Metrics of an upload that follow from the plan, the client's size and its machine; losses and scores do not."""
 
 NOBODY = -1
