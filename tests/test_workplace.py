@@ -65,6 +65,48 @@ def test_several_workers_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
         setup._with_workers(replace(made, recipe=recipe(workers=2)))
 
 
+def test_the_number_of_clients_in_a_pass_follows_the_device_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = setup.experiment(recipe())
+    assert made.recipe.run.clients_per_pass == 1
+    assert made.together is None
+    given = setup.experiment(recipe(clients_per_pass=3, workers="auto", threads=2))
+    assert (given.recipe.run.clients_per_pass, given.recipe.run.workers) == (3, 1)
+    assert given.pool is None
+    assert given.together is not None
+    assert given.together.clients_per_pass == 3
+    torch.set_num_threads(1)
+    monkeypatch.setattr(setup, "device_of", lambda recipe: "cuda")
+    for run, count in (({}, 8), ({"clients_per_pass": 1}, 1), ({"engine": "flower"}, 1)):
+        chosen = setup._with_passes(replace(made, recipe=recipe(**run))).recipe.run.clients_per_pass
+        assert chosen == count
+
+
+def test_several_clients_in_a_pass_are_for_this_process_alone() -> None:
+    for elsewhere in ({"workers": 2}, {"engine": "flower-simulation"}):
+        with pytest.raises(ValueError, match="clients_per_pass must be 1 where clients do not train in this process"):
+            recipe(clients_per_pass=2, **elsewhere)
+
+
+def test_a_run_records_how_many_trained_together_and_is_the_run_of_one_by_one(tmp_path: Path) -> None:
+    jobs_done, read = [], recipe()
+    alike = {
+        "model": replace(read.model, dropout=0.0),
+        "clients": replace(read.clients, memory=(2**30,), tiers=("large",)),
+    }
+    for count in (1, 3):
+        job = jobs.start(replace(recipe(clients_per_pass=count), **alike), tmp_path / str(count))
+        jobs.run(job)
+        jobs_done.append(job)
+    for count, job in zip((1, 3), jobs_done, strict=True):
+        assert job.directory.manifest["config"]["run"]["clients_per_pass"] == count  # type: ignore[index]
+    for one_by_one, together in zip(*(job.directory.lines()[1:] for job in jobs_done), strict=True):
+        for ours, theirs in zip(together["uploads"], one_by_one["uploads"], strict=True):
+            assert ours["metrics"]["clients_in_pass"] >= 1
+            assert ours["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-5)
+    shared = [up["metrics"]["clients_in_pass"] for line in jobs_done[1].directory.lines()[1:] for up in line["uploads"]]
+    assert shared == [2.0] * 8  # four clients, at most three at a time
+
+
 def test_what_is_remembered_counts_in_predicted_memory() -> None:
     made = setup.experiment(recipe())
     more = replace(made, recipe=replace(made.recipe, training=replace(made.recipe.training, cache_bytes=12345)))

@@ -8,7 +8,7 @@ from fedpilot import robust
 from fedpilot.config.schema import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, ByteSize, Rule
 from fedpilot.trackers import TrackerName
 
-_WORKERS = Rule('be at least 1, or "auto"', lambda value: value == "auto" or value >= 1)
+_COUNT_OR_AUTO = Rule('be at least 1, or "auto"', lambda value: value == "auto" or value >= 1)
 _PLAIN_NAME = Rule("be a name without slashes", lambda value: bool(value) and "/" not in value and value != "..")
 
 
@@ -27,6 +27,9 @@ class RunSettings:
         workers: Processes that clients train in and that evaluations are dealt out to, of one thread each where there
             are several; ``1`` is this process. ``auto`` measures at the start whether as many as there are threads get
             more done than one, and records the number.
+        clients_per_pass: Most clients that train in one pass over the base that they share, where their plans are alike
+            and nothing drops out; ``1`` for one after the other. ``auto`` is 8 on a GPU and 1 elsewhere, and records
+            the number; on a GPU a pass has no more clients than there is memory for.
         kept: Where what clients keep between rounds is held: in ``memory`` and checkpoints, or on ``disk``, for
             populations that memory does not hold.
         engine: What carries tasks to clients: ``in-process``, or worker processes, on this machine;
@@ -45,7 +48,8 @@ class RunSettings:
     out: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int | None, AT_LEAST_ONE] = None
-    workers: Annotated[int | Literal["auto"], _WORKERS] = 1
+    workers: Annotated[int | Literal["auto"], _COUNT_OR_AUTO] = 1
+    clients_per_pass: Annotated[int | Literal["auto"], _COUNT_OR_AUTO] = "auto"
     kept: Literal["memory", "disk"] = "memory"
     engine: Literal["in-process", "flower-simulation", "flower"] = "in-process"
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -53,10 +57,16 @@ class RunSettings:
     min_share: Annotated[float, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
 
     def __post_init__(self) -> None:
+        problems: list[str] = []
         if self.cohort is not None and self.min_uploads > self.cohort:
-            raise ValueError(
-                f"min_uploads must be at most cohort, {self.cohort}, got {self.min_uploads}; no round would count"
-            )
+            rule = f"min_uploads must be at most cohort, {self.cohort}"
+            problems.append(f"{rule}, got {self.min_uploads}; no round would count")
+        elsewhere = self.workers not in (1, "auto") or self.engine != "in-process"
+        if elsewhere and self.clients_per_pass not in (1, "auto"):
+            rule = "clients_per_pass must be 1 where clients do not train in this process"
+            problems.append(f"{rule}, got {self.clients_per_pass}; set workers = 1 and engine = 'in-process'")
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel, ModelSettings, build_model, item_shape, program_of
 from fedpilot.rounds import ServerSite
 from fedpilot.stopping import Cadence, EarlyStop, Goal
+from fedpilot.together import Together
 from fedpilot.training import TrainingSettings
 from fedpilot.types import (
     Algorithm,
@@ -45,6 +46,9 @@ from fedpilot.types import (
 )
 
 CALIBRATION_STEPS = 3
+
+CLIENTS_PER_PASS = 8
+"""Of a GPU where the recipe leaves the number to us."""
 
 
 def model_settings(recipe: Recipe, people: Population) -> ModelSettings:
@@ -248,7 +252,15 @@ class Experiment:
         store = DiskKept(folder) if on_disk and folder is not None else None
         if self.pool is not None:
             return Workers(method, self.pool, store)
-        return InProcess(method, self.places.site, store)
+        return InProcess(method, self.places.site, store, self.together)
+
+    @property
+    def together(self) -> Together | None:
+        """What trains several clients in one pass; ``None`` for one after the other."""
+        count = self.recipe.run.clients_per_pass
+        if not isinstance(count, int) or count == 1:
+            return None
+        return Together(count, _free_bytes if device_of(self.recipe) == "cuda" else None)
 
     @cached_property
     def server(self) -> Server:
@@ -303,7 +315,7 @@ def experiment(recipe: Recipe, *, people: Population | None = None, traces: Path
         made = _with_overhead(made)
     if recipe.clients.deadline_s and not recipe.clients.flops_per_second:
         made = _with_speed(made)
-    return _with_workers(made)
+    return _with_workers(_with_passes(made))
 
 
 def _assembled(recipe: Recipe, people: Population, folder: Path | None) -> Experiment:
@@ -380,6 +392,22 @@ def threads(recipe: Recipe) -> int:
     return recipe.run.threads or torch.get_num_threads()
 
 
+def _free_bytes() -> int:
+    """What is left of the GPU's memory, with what the allocator holds and nobody uses."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def _with_passes(made: Experiment) -> Experiment:
+    """Chooses how many clients train in one pass, where the recipe does not."""
+    run = made.recipe.run
+    if run.clients_per_pass != "auto":
+        return made
+    several = device_of(made.recipe) == "cuda" and run.engine == "in-process"
+    run = dataclasses.replace(run, clients_per_pass=CLIENTS_PER_PASS if several and run.workers in (1, "auto") else 1)
+    return _again(made, dataclasses.replace(made.recipe, run=run), made.population)
+
+
 def _with_workers(made: Experiment) -> Experiment:
     """Checks the number of worker processes, or measures whether several are faster than one.
 
@@ -394,7 +422,7 @@ def _with_workers(made: Experiment) -> Experiment:
         return made
     pool = None
     workers = 1
-    if not on_gpu and count > 1:
+    if not on_gpu and count > 1 and run.clients_per_pass == 1:
         pool = made.new_pool(count)
         plan = ample_plan(made.algorithm(dry=True), made.population.clients[0])
         workers = faster_workers(pool, made.places, plan, made.kind(made.recipe.algorithm))
