@@ -1,8 +1,8 @@
 """Seconds of a round by the number of clients that train in one pass, on the device at hand.
 
 A round of FedIT over clients that are alike: a BERT of random weights, LoRA of rank 8 on queries and values of all
-blocks, AdamW, clipping, no dropout, texts of unlike lengths. Aggregation is part of the round, an evaluation is not. All
-numbers of clients take turns, so that what else the machine does falls on all alike; medians, smallest and largest.
+blocks, AdamW, clipping, no dropout, texts of unlike lengths. Aggregation is part of the round, an evaluation is not.
+All numbers of clients take turns, so that what else the machine does falls on all alike; medians, smallest and largest.
 Usage: python benchmarks/clients_per_pass.py [--model minilm] [--clients 16] [--examples 64] [--repeats 5]
 """
 
