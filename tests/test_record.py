@@ -158,6 +158,13 @@ def test_resuming_refuses_a_changed_configuration_and_lists_the_keys(tmp_path: P
     assert "epochs" not in str(caught.value)
 
 
+def test_what_a_recipe_leaves_to_us_may_have_been_decided_at_the_start(tmp_path: Path) -> None:
+    path = started(tmp_path / "run", run={"workers": 2, "device": "auto"}).path
+    RunDirectory.open(path, manifest({"run": {"workers": "auto", "device": "auto"}}, seed=3, dtype="float32"))
+    with pytest.raises(RecordError, match=r"run\.workers: 2 -> 1"):
+        RunDirectory.open(path, manifest({"run": {"workers": 1, "device": "auto"}}, seed=3, dtype="float32"))
+
+
 def test_resuming_with_another_version_is_said_and_not_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -84,6 +84,17 @@ def differences(old: object, new: object, key: str = "") -> list[str]:
     return [] if old == new else [f"{key}: {old} -> {new}"]
 
 
+def settled(old: object, new: object) -> object:
+    """The new value with whatever it leaves to us, ``"auto"``, as it was decided in the old one.
+
+    >>> settled({"workers": 2, "rounds": 3}, {"workers": "auto", "rounds": 4})
+    {'workers': 2, 'rounds': 4}
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {name: settled(old[name], value) if name in old else value for name, value in new.items()}
+    return old if new == "auto" else new
+
+
 def check_same_run(path: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     """Refuses another configuration; another version or thread count is only said: it changes bits, not meaning.
 
@@ -95,11 +106,8 @@ def check_same_run(path: Path, found: Mapping[str, object], expected: Mapping[st
     Raises:
         RecordError: Seed, dtype or configuration differ; the message lists each key.
     """
-    lines = [
-        line
-        for key in ("seed", "dtype", "config")
-        for line in differences(found.get(key), expected.get(key), "" if key == "config" else key)
-    ]
+    now = {key: settled(found.get(key), expected.get(key)) for key in ("seed", "dtype", "config")}
+    lines = [line for key in now for line in differences(found.get(key), now[key], "" if key == "config" else key)]
     if lines:
         raise RecordError(
             f"configuration must be the one that {path} was started with, got other values for "
