@@ -155,6 +155,7 @@ def test_a_recipe_reads_back_from_what_it_writes(tmp_path: Path) -> None:
     recipe = read(tables)
     (tmp_path / "again.toml").write_text(recipe.to_toml())
     assert load_recipe(tmp_path / "again.toml") == recipe
+    assert load_recipe(str(tmp_path / "again.toml")) == recipe
     assert read_recipe(recipe.resolved(), "manifest") == recipe
 
 

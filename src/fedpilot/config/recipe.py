@@ -155,7 +155,7 @@ _RULES: Mapping[str, Rule] = {
 """``section.key`` -> what its value must hold, where the section's own class does not say."""
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
@@ -166,6 +166,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: All that is wrong, each problem with its file, key, value and rule.
     """
+    path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
