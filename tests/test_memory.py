@@ -114,6 +114,14 @@ def test_a_question_to_a_tensor_without_values_takes_the_branch_that_costs_more(
     assert answers == [False, 1.0, 1]
 
 
+def test_a_fake_tensor_says_its_device_while_it_is_counted() -> None:
+    devices: list[torch.device] = []
+    with FakeTensorMode():
+        x = torch.ones(3)
+        counted(lambda: devices.append(torch.ops.prim.device.default(x + 1)), x)
+    assert devices == [torch.device("cpu")]
+
+
 @dataclass(frozen=True)
 class Case:
     attention: str
