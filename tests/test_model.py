@@ -159,6 +159,8 @@ def test_block_1_is_not_mistaken_for_blocks_10_and_11() -> None:
     assert layers == set(ranks)
     scales = {m: model.base.get_submodule(m).scaling["default"] for m in ranks}
     assert set(scales.values()) == {1.5}
+    held = [(layer.r["default"], layer.lora_alpha["default"]) for layer in map(model.base.get_submodule, ranks)]
+    assert held == [(rank, 1.5 * rank) for rank in ranks.values()]
     alone = tiny.task(model, {f"{prefix}.1.{name}": 2})
     model.load(alone)
     merged = {f"{prefix}.1.{name}.weight": lora.delta(alone.tensors, f"{prefix}.1.{name}", 1.5)}

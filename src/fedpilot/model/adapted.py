@@ -599,13 +599,15 @@ class AdaptedModel:
 
     def _inject(self, ranks: Mapping[str, int]) -> None:
         """Replaces the adapters by uninitialised ones of these ranks."""
-        self._run_blocks(range(self.spec.num_blocks))  # PEFT finds modules by their names in the whole model
         if self._tuner is not None:
+            self._show_blocks(self._ranks)
             self._tuner.unload()
             self._tuner = None
         self._live = {name: self._parameters[name] for name in self.spec.head}
         if ranks:
+            self._show_blocks(ranks)
             config = self.adapter_config(ranks)
+            config.rank_pattern, config.alpha_pattern = {}, {}  # slow to match, and `_fill` sets what follows from them
             # Built without storage: kaiming's draws would cost time and touch the global generator.
             self._tuner = LoraModel(self.base, config, _ADAPTER, low_cpu_mem_usage=True)
         adapter: dict[str, nn.Parameter] = {}
@@ -613,6 +615,7 @@ class AdaptedModel:
             for module in self.spec.modules:  # the model's order, whatever the plan's: optimisers go through it
                 if module in ranks:
                     adapter |= self._fill(module, ranks[module])
+        self._run_blocks(range(self.spec.num_blocks))
         self._live = adapter | self._live
         self._ranks = dict(ranks)
 
@@ -636,9 +639,17 @@ class AdaptedModel:
         a = nn.Parameter(torch.empty(rank, in_features, device=self.device))
         b = nn.Parameter(torch.empty(out_features, rank, device=self.device))
         layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight = a, b
+        layer.r[_ADAPTER], layer.lora_alpha[_ADAPTER] = rank, self.spec.scale * rank
         layer.scaling[_ADAPTER] = self.spec.scale  # alpha / rank of scale * rank may round
         layer.cast_input_dtype_enabled = False  # under autocast the product casts; a float32 copy would be kept
         return {lora.a_name(module): a, lora.b_name(module): b}
+
+    def _show_blocks(self, modules: Iterable[str]) -> None:
+        """Leaves in the base the modules' blocks alone, by their names in the whole: PEFT looks at all it finds."""
+        shown = nn.ModuleList()
+        for block in sorted({self.spec.block_of[module] for module in modules}):
+            shown.add_module(str(block), self._block_list[block])
+        setattr(self._block_owner, self._block_attribute, shown)
 
     def _run_blocks(self, blocks: Iterable[int]) -> None:
         chosen = [self._blocks[block] for block in blocks]

@@ -214,7 +214,7 @@ def _to_fake(base: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            empty = torch.empty_like(tensor, device="cpu")
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
             made[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
         return made[id(tensor)]
 
