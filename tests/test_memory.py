@@ -390,6 +390,22 @@ def test_a_micro_batch_must_divide_the_batch() -> None:
         )
 
 
+@pytest.mark.parametrize(("family", "optimiser"), [("bert", "adamw"), ("vit", "momentum"), ("llama", "adamw")])
+def test_what_stands_in_for_passes_leaves_what_they_leave(family: str, optimiser: str) -> None:
+    model, settings = model_of(family, "fake"), training_of(family, optimiser=optimiser)
+
+    def whole(plan: Plan, micro_batch: int) -> StepProgram:
+        return replace(short(plan, micro_batch), warm=None, past_first=None)
+
+    def short(plan: Plan, micro_batch: int) -> StepProgram:
+        return model.program(plan, settings, micro_batch)
+
+    profiles = [
+        memory.trace(program, model.spec, batch=BATCH, micro_batches=(BATCH // 2,)) for program in (short, whole)
+    ]
+    assert profiles[0].to_json() == profiles[1].to_json()
+
+
 def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
     def program(plan: Plan, micro_batch: int) -> StepProgram:
         """Needs more at low ranks, as no probe can know."""

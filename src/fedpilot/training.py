@@ -7,7 +7,8 @@ on the meta device; whoever holds a real loss checks it with `checked`.
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
@@ -319,6 +320,22 @@ class Step:
         return train_step(
             self.forward_loss, list(micro_batches), self.optimiser, self.parameters, self.settings, self.penalty
         )
+
+    def make_state(self) -> None:
+        """For tracing a step without noise: leaves the optimiser's state as one does, but runs no pass."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def past_first(self, micro_batches: Sequence[Batch]) -> None:
+        """For tracing a step without noise: one with gradients and a loss of its first piece, but no pass of it."""
+
+        def cheap(batch: Batch) -> torch.Tensor:
+            return torch.stack([parameter.sum() for parameter in self.parameters.values()]).sum()
+
+        losses = chain([cheap], repeat(self.forward_loss))
+        replace(self, forward_loss=lambda batch: next(losses)(batch))(micro_batches)
 
     def state(self) -> list[torch.Tensor]:
         """Tensors that the step keeps from one batch to the next, beside the parameters."""

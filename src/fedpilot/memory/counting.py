@@ -29,6 +29,8 @@ class StepProgram:
         sums: One tensor as large as each trained one that stands through the step beside ``resident``, where gradients
             are kept by example.
         context: What the step must run in; a ``FakeTensorMode`` for fake tensors.
+        warm: Leaves what a first step leaves, the optimiser's state, without a pass; ``None`` where only a step can.
+        past_first: ``step`` without the first pass, in place of which stands what it leaves; ``None`` as above.
     """
 
     resident: Sequence[torch.Tensor]
@@ -38,14 +40,25 @@ class StepProgram:
     batch: Sequence[torch.Tensor] = ()
     sums: Sequence[torch.Tensor] = ()
     context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    warm: Callable[[], None] | None = None
+    past_first: Callable[[], None] | None = None
+
+    def make_state(self) -> None:
+        """Runs what leaves the optimiser's state as a step does: `warm`, or a step."""
+        (self.warm or self.step)()
 
 
-def measure_peak(program: StepProgram) -> int:
-    """Highest live bytes over two steps; in the second the optimiser's state stands."""
+def measure_peak(program: StepProgram, *, shortened: bool = False) -> int:
+    """Highest live bytes over two steps; in the second the optimiser's state stands.
+
+    Args:
+        program: What to run.
+        shortened: Whether making that state may stand for the first step.
+    """
     counter = LiveStorages()
     counter.hold([*program.resident, *program.sums])
     with program.context(), counter.counting():
-        program.step()
+        (program.make_state if shortened else program.step)()
         program.step()
     return counter.peak
 

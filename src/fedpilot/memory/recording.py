@@ -83,25 +83,26 @@ class _EnoughError(Exception):
     """Ends a step of which enough was recorded."""
 
 
-def record(program: StepProgram, *, warm: bool, passes: int | None = None) -> Recording:
+def record(program: StepProgram, *, warm: bool, passes: int | None = None, second: bool = False) -> Recording:
     """Runs one step and writes it down.
 
     Args:
         program: What to run.
-        warm: Whether a step goes before it, so that the optimiser's state exists.
+        warm: Whether the optimiser's state exists, as after a step.
         passes: Forward and backward passes after which to stop; ``None`` for the whole step.
+        second: Whether the first pass is of no interest but for what it leaves.
     """
     recorder = _Recorder(program, passes)
     recorder.hold([*program.resident, *program.sums])
     with program.context(), recorder.hooks(), recorder.counting():
         if warm:
-            program.step()
+            program.make_state()
         recorder.start()
         with (
             torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
             contextlib.suppress(_EnoughError),
         ):
-            program.step()
+            ((program.past_first if second else None) or program.step)()
     recorder.recording.holds = recorder.holds()
     return recorder.recording
 

@@ -481,6 +481,8 @@ class AdaptedModel:
             batch=inputs,
             sums=() if noisy is None else noisy.sums,
             context=lambda: self.mode,
+            warm=train.make_state if kind is None else None,
+            past_first=partial(train.past_first, pieces) if kind is None else None,
         )
 
     def noisy_sum(
