@@ -406,6 +406,11 @@ def test_what_stands_in_for_passes_leaves_what_they_leave(family: str, optimiser
     assert profiles[0].to_json() == profiles[1].to_json()
 
 
+def test_blocks_are_alike_whichever_of_them_holds_pairs_when_they_are_looked_at() -> None:
+    assert profile_of("vit").groups == (0, 0, 0)
+    assert memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False).groups == (0, 1, 2)
+
+
 def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
     def program(plan: Plan, micro_batch: int) -> StepProgram:
         """Needs more at low ranks, as no probe can know."""

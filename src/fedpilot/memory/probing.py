@@ -6,7 +6,7 @@ exact for every rank.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
@@ -101,10 +101,8 @@ def trace(
             raise PlanError(f"a micro-batch must divide the batch of {batch}, got {size}; choose a divisor")
     prober = _Prober(program_for, spec, tuple(patterns), checkpointing, train_head)
     sizes = sorted(set(micro_batches or (batch,)), reverse=True)
-    first = program_for(prober.first_plan(sizes[0]), sizes[0])
-    groups = _groups(first.blocks, prober.kinds_of)
-    profile = _standing(first, spec, prober, groups, train_head, batch)
-    found = {size: prober.probe(groups, size, second=size < batch, whole=size == sizes[0]) for size in sizes}
+    profile = _standing(prober, sizes[0], train_head, batch)
+    found = {size: prober.probe(profile.groups, size, second=size < batch, whole=size == sizes[0]) for size in sizes}
     profile = replace(
         profile,
         optimiser=_optimiser(found[sizes[0]]),
@@ -131,8 +129,8 @@ class _Prober:
     def __init__(
         self, program_for: ProgramFor, spec: ModelSpec, patterns: tuple[str, ...], checkpointing: bool, train_head: bool
     ) -> None:
-        self._program_for = program_for
-        self._spec = spec
+        self.program_for = program_for
+        self.spec = spec
         self._patterns = patterns
         self._kept = (False, True) if checkpointing else (False,)
         self._head = frozenset(spec.head) if train_head else frozenset()
@@ -156,13 +154,10 @@ class _Prober:
         """Shapes of the weights that a plan trains whole."""
         return {self._shapes[name] for name in plan.trainable if name in self._shapes}
 
-    def first_plan(self, micro_batch: int) -> Plan:
-        """All blocks loaded, the highest adapted one trained."""
-        treatments = {}
-        for block in range(len(self.modules_of)):
-            role = "below" if block < self._top else "lowest" if block == self._top else "above"
-            treatments[block] = self._default(block, role)
-        return self._plan(treatments, micro_batch)
+    def lone_plan(self, block: int, micro_batch: int) -> Plan:
+        """All blocks loaded, one of them trained and the others without pairs, each of which would take its time."""
+        treatments = {b: _Treatment("", False, ("",) * len(modules)) for b, modules in enumerate(self.modules_of)}
+        return self._plan(treatments | {block: self._default(block, "lowest")}, micro_batch)
 
     def mixed_plan(self, micro_batch: int) -> Plan:
         """A few blocks at both ends, trained or not, recomputed or not, with small ranks that differ."""
@@ -204,7 +199,7 @@ class _Prober:
             plan = self._plan(treatments, micro_batch)
             # Scratch needs the optimiser's state, clipping two numbers of trained tensors.
             warm = whole and (number < 2 or not self._whole_shapes(plan) <= findings.whole.keys())
-            program = self._program_for(plan, micro_batch)
+            program = self.program_for(plan, micro_batch)
             recording = record(program, warm=warm, passes=None if warm else 1 + second, second=second)
             parts = Parts(recording, [self.primes[kind] for kind in self.kinds], int(second))
             dense = self._head | (plan.trainable & self._shapes.keys())
@@ -301,14 +296,13 @@ class _Prober:
 
     def _roles(self, block: int, num_blocks: int) -> Iterator[_Treatment]:
         count = len(self.modules_of[block])
-        trained = [pattern_parts(pattern, count) for pattern in self._patterns]
+        trained = [pattern_parts(pattern, count) for pattern in self._patterns] if count else []
         untrained = [(part,) * count for part in self._untrained] if count else [()]
         if block < num_blocks - 1 or self._head:
             yield from (_Treatment("below", kept, pattern) for pattern in untrained for kept in self._kept)
-        if count:
-            yield from (_Treatment("lowest", kept, pattern) for pattern in trained for kept in self._kept)
+        yield from (_Treatment("lowest", kept, pattern) for pattern in trained for kept in self._kept)
         if block > 0:
-            patterns = dict.fromkeys([*untrained, *(trained if count else [])])
+            patterns = dict.fromkeys([*untrained, *trained])
             yield from (_Treatment("above", kept, pattern) for pattern in patterns for kept in self._kept)
 
     def _default(self, block: int, role: str) -> _Treatment:
@@ -340,25 +334,20 @@ def _kind(module: str, block: int) -> str:
     return re.sub(rf"(^|\.){block}(?=\.|$)", r"\1*", module, count=1)
 
 
-def _groups(blocks: Sequence[torch.nn.Module], kinds_of: Sequence[tuple[str, ...]]) -> tuple[int, ...]:
-    """Number of each block's structure: its class, its settings, the shapes of its tensors, its adapted modules."""
-    numbers: dict[object, int] = {}
-    result = []
-    for block, kinds in zip(blocks, kinds_of, strict=True):
-        tensors = [*block.named_parameters(), *block.named_buffers()]
-        settings = {
-            name: value
-            for name, value in vars(block).items()
-            if isinstance(value, str | int | float) and not re.search(r"idx|index|layer_id", name)
-        }
-        key = (
-            type(block).__qualname__,
-            tuple((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors),
-            tuple(sorted((name, str(value)) for name, value in settings.items())),
-            kinds,
-        )
-        result.append(numbers.setdefault(key, len(numbers)))
-    return tuple(result)
+def _structure(block: torch.nn.Module, kinds: tuple[str, ...]) -> Hashable:
+    """A block's class, its settings, the shapes of its tensors, its adapted modules: blocks alike behave alike."""
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    settings = {
+        name: value
+        for name, value in vars(block).items()
+        if isinstance(value, str | int | float) and not re.search(r"idx|index|layer_id", name)
+    }
+    return (
+        type(block).__qualname__,
+        tuple((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors),
+        tuple(sorted((name, str(value)) for name, value in settings.items())),
+        kinds,
+    )
 
 
 def _storage_bytes(tensors: Sequence[torch.Tensor], seen: set[int]) -> int:
@@ -372,28 +361,35 @@ def _storage_bytes(tensors: Sequence[torch.Tensor], seen: set[int]) -> int:
     return total
 
 
-def _standing(
-    program: StepProgram, spec: ModelSpec, prober: _Prober, groups: tuple[int, ...], train_head: bool, batch: int
-) -> MemoryProfile:
-    """The profile's part that stands through a step."""
+def _standing(prober: _Prober, micro_batch: int, train_head: bool, batch: int) -> MemoryProfile:
+    """The profile's part that stands through a step, and which blocks are alike."""
+    spec = prober.spec
+    adapted = sorted(set(spec.block_of.values()))
+    program = prober.program_for(prober.lone_plan(adapted[-1], micro_batch), micro_batch)
+    structures = [_structure(block, kinds) for block, kinds in zip(program.blocks, prober.kinds_of, strict=True)]
     seen: set[int] = set()
     pairs = {name: t for name, t in program.parameters.items() if name.endswith((".lora_A", ".lora_B"))}
     _storage_bytes(list(pairs.values()), seen)
     head = {name: _storage_bytes([program.parameters[name]], seen) for name in spec.head}
     batch_bytes = _storage_bytes(program.batch, seen)
     block_bytes = tuple(_storage_bytes([*block.parameters(), *block.buffers()], seen) for block in program.blocks)
+    base_bytes = _storage_bytes(program.resident, seen)
     kind_index = {kind: index for index, kind in enumerate(prober.kinds)}
+    if len(adapted) > 1:  # the one block with pairs looked unlike the others
+        other = prober.program_for(prober.lone_plan(adapted[0], micro_batch), micro_batch)
+        structures[adapted[-1]] = _structure(other.blocks[adapted[-1]], prober.kinds_of[adapted[-1]])
+    numbers = {structure: number for number, structure in enumerate(dict.fromkeys(structures))}
     return MemoryProfile(
         modules={
             module: ModuleFacts(*shape, kind_index[prober.kind_of[module]], spec.block_of[module])
             for module, shape in spec.modules.items()
         },
         kinds=prober.kinds,
-        groups=groups,
+        groups=tuple(numbers[structure] for structure in structures),
         head=head,
         head_trained=train_head,
         batch=batch,
-        base_bytes=_storage_bytes(program.resident, seen),
+        base_bytes=base_bytes,
         block_bytes=block_bytes,
         batch_bytes=batch_bytes,
         by_example=bool(program.sums),
