@@ -10,7 +10,7 @@ from transformers import BertConfig, LlamaConfig
 from fedpilot import memory, planning
 from fedpilot.commands.hardware import budgets_of, document
 from fedpilot.config import hardware, setup
-from fedpilot.config.hardware import Fit, Outlook, Planner, Step
+from fedpilot.config.hardware import Fit, Outlook, Planner, Precision, Step
 from fedpilot.errors import ConfigError
 from fedpilot.model import ModelSettings
 from fedpilot.training import TrainingSettings
@@ -49,6 +49,28 @@ def test_two_passes_stand_for_all_but_for_a_number_that_each_holds(planner: Plan
         peak, flops = planner.price(small, trained)
         assert flops == memory.seconds(traced, plan, 1.0, 1)
         assert 0 <= memory.peak_bytes(traced, plan) - peak <= 8 * TRAINING.batch_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_prices_are_those_of_a_trace_of_all_that_a_plan_can_be(planner: Planner, dtype: Precision) -> None:
+    step = replace(ASKED, dtype=dtype)
+    traced = setup.profile_of(planner.sketch(64, dtype), TRAINING, checkpointing=True)
+    for trained, recomputed, loaded in ((1, 0, None), (3, 1, None), (BLOCKS, BLOCKS, None), (2, 0, 2)):
+        prices = {
+            (memory.peak_bytes(traced, plan), memory.seconds(traced, plan, 1.0, 1))
+            for plan in planner._plans(step, trained, recomputed, loaded)
+        }
+        assert prices == {planner.price(step, trained, recomputed, loaded)}
+
+
+def test_no_step_is_traced_whose_weights_alone_are_over_the_budget(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Step] = []
+    monkeypatch.setattr(planner, "fit", lambda step, budget, change="": tried.append(step))
+    monkeypatch.setattr(planner, "shallow", lambda step, budget, change: None)
+    assert list(planner._changes(ASKED, 3 * planner.num_parameters)) == []
+    assert {step.dtype for step in tried} == {"bf16"}
 
 
 def test_a_budget_trains_as_many_blocks_as_fit_and_one_byte_less_trains_fewer(planner: Planner) -> None:

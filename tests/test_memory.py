@@ -390,6 +390,49 @@ def test_a_micro_batch_must_divide_the_batch() -> None:
         )
 
 
+def suffix_plan(rng: random.Random, spec: ModelSpec, case: Case) -> Plan:
+    """The deepest of all blocks, or all of some blocks; ranks that differ, any of the trained blocks recomputed."""
+    count = spec.num_blocks
+    trained = range(rng.randrange(count), count)
+    blocks = None
+    if rng.random() < 0.3:
+        trained = blocks = tuple(sorted(rng.sample(range(count), rng.randrange(1, count))))
+    ranks = {m: rng.choice((1, 2, 5)) for m in lora.blocks_modules(spec, range(count) if blocks is None else blocks)}
+    names = frozenset(lora.names(lora.blocks_modules(spec, trained))) | frozenset(spec.head)
+    kept = frozenset(block for block in trained if rng.random() < 0.4)
+    return Plan(0, ranks, names, blocks, kept, micro_batch=rng.choice(case.micro_batches))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_traces_of_suffixes_alone_say_of_them_what_all_traces_say(family: str) -> None:
+    case, model = CASES[family], model_of(family, "fake")
+    profile = memory.trace(
+        lambda plan, size: model.program(plan, training_of(family), size),
+        model.spec,
+        batch=BATCH,
+        micro_batches=case.micro_batches,
+        suffixes=True,
+        checked=False,
+    )
+    (few, *_), (all_of, *_) = profile.micro.values(), profile_of(family).micro.values()
+    assert few.blocks.keys() < all_of.blocks.keys()
+    rng = random.Random(5)
+    for number in range(60):
+        plan = suffix_plan(rng, model.spec, case)
+        assert memory.breakdown(profile, plan) == memory.breakdown(profile_of(family), plan)
+        assert memory.seconds(profile, plan, 1.0, 1) == memory.seconds(profile_of(family), plan, 1.0, 1)
+        if number < 3:
+            assert memory.peak_bytes(profile, plan) == measured(family, plan)
+
+
+def test_traces_of_suffixes_know_no_trained_block_below_one_that_is_not() -> None:
+    profile = memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False, suffixes=True)
+    spec = toy.spec()
+    names = frozenset(lora.names(lora.blocks_modules(spec, [0]))) | frozenset(spec.head)
+    with pytest.raises(PlanError, match="block 1 in a way that was traced, got above, plain, -"):
+        memory.peak_bytes(profile, Plan(0, dict.fromkeys(spec.modules, 2), names))
+
+
 @pytest.mark.parametrize(("family", "optimiser"), [("bert", "adamw"), ("vit", "momentum"), ("llama", "adamw")])
 def test_what_stands_in_for_passes_leaves_what_they_leave(family: str, optimiser: str) -> None:
     model, settings = model_of(family, "fake"), training_of(family, optimiser=optimiser)
@@ -401,14 +444,15 @@ def test_what_stands_in_for_passes_leaves_what_they_leave(family: str, optimiser
         return model.program(plan, settings, micro_batch)
 
     profiles = [
-        memory.trace(program, model.spec, batch=BATCH, micro_batches=(BATCH // 2,)) for program in (short, whole)
+        memory.trace(program, model.spec, batch=BATCH, micro_batches=(BATCH // 2,), suffixes=True, checked=False)
+        for program in (short, whole)
     ]
     assert profiles[0].to_json() == profiles[1].to_json()
 
 
 def test_blocks_are_alike_whichever_of_them_holds_pairs_when_they_are_looked_at() -> None:
     assert profile_of("vit").groups == (0, 0, 0)
-    assert memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False).groups == (0, 1, 2)
+    assert memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False, suffixes=True).groups == (0, 1, 2)
 
 
 def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
@@ -426,6 +470,8 @@ def test_a_step_that_is_not_the_sum_of_its_parts_is_refused() -> None:
     memory.trace(toy.program, toy.spec(), batch=8, checkpointing=False)
     with pytest.raises(ModelError, match="a step must be the sum of its parts, got"):
         memory.trace(program, toy.spec(), batch=8, checkpointing=False)
+    with pytest.raises(ModelError, match="a step must be the sum of its parts, got"):
+        memory.trace(program, toy.spec(), batch=8, checkpointing=False, suffixes=True)
 
 
 def test_a_low_rank_costs_less_than_a_high_one_by_a_straight_line() -> None:

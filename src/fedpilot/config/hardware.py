@@ -203,7 +203,7 @@ class Planner:
     training: TrainingSettings
     num_labels: int | None
     _sketches: dict[tuple[int, Precision], AdaptedModel] = field(init=False, default_factory=dict)
-    _profiles: dict[tuple[int, Precision, int], MemoryProfile] = field(init=False, default_factory=dict)
+    _profiles: dict[tuple[int, Precision, int, bool], MemoryProfile] = field(init=False, default_factory=dict)
     _prices: dict[tuple[Step, int, int, int | None], tuple[int, float]] = field(init=False, default_factory=dict)
     num_parameters: int = field(init=False)
 
@@ -232,18 +232,26 @@ class Planner:
         return self._sketches[key]
 
     def profile(self, step: Step) -> MemoryProfile:
-        """The memory of a step.
+        """The memory of a step; without recomputed blocks where the step has none and these were not asked for before.
 
         Passes are alike from the second on, so two stand for all of a batch. What its inputs take is added; the few
         bytes of a number that each further pass may hold are not.
         """
-        key = (step.length, step.dtype, step.micro_batch)
+        key = (step.length, step.dtype, step.micro_batch, step.recompute)
+        more = (step.length, step.dtype, step.micro_batch, True)
+        if more in self._profiles:
+            return self._profiles[more]
         if key not in self._profiles:
             batch = self.training.batch_size
             traced = min(batch, 2 * step.micro_batch)
             training = replace(self.training, batch_size=traced)
             found = setup.profile_of(
-                self.sketch(step.length, step.dtype), training, checkpointing=True, micro_batches=(step.micro_batch,)
+                self.sketch(step.length, step.dtype),
+                training,
+                checkpointing=step.recompute,
+                micro_batches=(step.micro_batch,),
+                suffixes=True,
+                checked=not any(known[:2] == key[:2] for known in self._profiles),
             )
             self._profiles[key] = replace(found, batch=batch, batch_bytes=found.batch_bytes * batch // traced)
         return self._profiles[key]
@@ -252,7 +260,7 @@ class Planner:
         """Peak bytes and operations of training the deepest blocks, the deepest of these recomputed."""
         key = (step, trained, recomputed, loaded)
         if key not in self._prices:
-            profile = self.profile(step)
+            profile = self.profile(replace(step, recompute=step.recompute or recomputed > 0))
             plans = self._plans(step, trained, recomputed, loaded)
             prices = [(memory.peak_bytes(profile, plan), memory.seconds(profile, plan, 1.0, 1)) for plan in plans]
             self._prices[key] = max(peak for peak, _ in prices), max(flops for _, flops in prices)
@@ -343,7 +351,8 @@ class Planner:
                     continue
                 words.append(changed[-1][0])
                 step = changed[-1][1]
-                found = self.fit(step, budget, " + ".join(words)) if len(words) > 1 else None
+                fits = len(words) > 1 and self._lightest(step, exactly=True) <= budget
+                found = self.fit(step, budget, " + ".join(words)) if fits else None
                 if found is not None:
                     yield found
                     return
@@ -437,8 +446,10 @@ def outlook(
     count = planner.spec.num_blocks
     rungs = []
     for trained in range(1, count + 1):
-        (peak, flops), (again, more) = (planner.price(step, trained, kept) for kept in (0, trained))
+        (again, more), (peak, flops) = (planner.price(step, trained, kept) for kept in (trained, 0))
         rungs.append(Rung(trained, peak, again, flops, more))
+    # The largest first: what it traces, with recomputed blocks, smaller ones ask for without.
+    answers = [planner.answer(step, budget) for budget in sorted(set(budgets), reverse=True)]
     millions = planner.num_parameters / 1e6
     return Outlook(
         name,
@@ -449,5 +460,5 @@ def outlook(
         rungs[-1].flops,
         step,
         tuple(rungs),
-        tuple(planner.answer(step, budget) for budget in sorted(set(budgets))),
+        tuple(reversed(answers)),
     )

@@ -89,8 +89,10 @@ def profile_of(
     checkpointing: bool,
     micro_batches: tuple[int, ...] = (),
     kind: StepKind | None = None,
+    suffixes: bool = False,
+    checked: bool = True,
 ) -> MemoryProfile:
-    """Memory and operations of a training step of a kind, traced on a model without storage."""
+    """Memory and operations of a training step of a kind, traced on a model without storage; see `memory.trace`."""
     if kind is not None and kind.attachment is not None:
         return memory.trace_attached(
             _programs(sketch, training, kind),
@@ -109,6 +111,8 @@ def profile_of(
         micro_batches=micro_batches,
         patterns=(kind or StepKind()).patterns,
         checkpointing=checkpointing,
+        suffixes=suffixes,
+        checked=checked,
     )
 
 
@@ -332,8 +336,7 @@ def _assembled(recipe: Recipe, people: Population, folder: Path | None) -> Exper
     }
 
     def trace(kind: StepKind | None, checkpointing: bool) -> MemoryProfile:
-        extra = {} if kind is None else {"kind": kind}
-        return profile_of(sketch, recipe.training, checkpointing=checkpointing, micro_batches=sizes, **extra)
+        return profile_of(sketch, recipe.training, checkpointing=checkpointing, micro_batches=sizes, kind=kind)
 
     return Experiment(recipe, people, sketch, Traces(trace, facts, folder))
 

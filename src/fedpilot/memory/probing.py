@@ -79,6 +79,8 @@ def trace(
     patterns: Sequence[str] = ("AB",),
     checkpointing: bool = True,
     train_head: bool = True,
+    suffixes: bool = False,
+    checked: bool = True,
 ) -> MemoryProfile:
     """Traces a model's training step; the programs should be of fake tensors, for ranks of the probes are absurd.
 
@@ -91,6 +93,10 @@ def trace(
             or ``/`` between one entry a module, as in ``AB/-/B`` (``-`` for a frozen pair, nothing for no pair).
         checkpointing: Whether to trace blocks that are recomputed too.
         train_head: Whether every plan trains the head, if there is one.
+        suffixes: Whether all plans train the deepest loaded blocks, recompute none below and give every block pairs,
+            which takes fewer traces; of any other plan the profile knows nothing.
+        checked: Whether a whole step is compared with the sum of its parts. A further batch of the same model may do
+            without: what breaks the sum lies in the model.
 
     Raises:
         PlanError: A micro-batch is no divisor of the batch, or a pattern does not fit the blocks.
@@ -99,7 +105,7 @@ def trace(
     for size in micro_batches:
         if size < 1 or batch % size:
             raise PlanError(f"a micro-batch must divide the batch of {batch}, got {size}; choose a divisor")
-    prober = _Prober(program_for, spec, tuple(patterns), checkpointing, train_head)
+    prober = _Prober(program_for, spec, tuple(patterns), checkpointing, train_head, suffixes)
     sizes = sorted(set(micro_batches or (batch,)), reverse=True)
     profile = _standing(prober, sizes[0], train_head, batch)
     found = {size: prober.probe(profile.groups, size, second=size < batch, whole=size == sizes[0]) for size in sizes}
@@ -108,7 +114,8 @@ def trace(
         optimiser=_optimiser(found[sizes[0]]),
         micro={size: _micro(findings) for size, findings in found.items()},
     )
-    _check_sum(profile, program_for, prober.mixed_plan(sizes[0]))
+    if checked:
+        _check_sum(profile, program_for, prober.mixed_plan(sizes[0]))
     return profile
 
 
@@ -127,7 +134,13 @@ class _Prober:
     """Plans probes, runs them and sorts what they show."""
 
     def __init__(
-        self, program_for: ProgramFor, spec: ModelSpec, patterns: tuple[str, ...], checkpointing: bool, train_head: bool
+        self,
+        program_for: ProgramFor,
+        spec: ModelSpec,
+        patterns: tuple[str, ...],
+        checkpointing: bool,
+        train_head: bool,
+        suffixes: bool,
     ) -> None:
         self.program_for = program_for
         self.spec = spec
@@ -148,7 +161,9 @@ class _Prober:
 
         self._top = max(spec.block_of.values())
         self._shapes = {base_deltas.weight_name(module): whole_key(*shape) for module, shape in spec.modules.items()}
-        self._untrained = ("",) if all(set(p) <= set("W/") for p in patterns) else ("-", "")
+        self._suffixes = suffixes
+        lone = all(set(p) <= set("W/") for p in patterns)
+        self._untrained = ("",) if lone else ("-",) if suffixes else ("-", "")
 
     def _whole_shapes(self, plan: Plan) -> set[str]:
         """Shapes of the weights that a plan trains whole."""
@@ -161,10 +176,11 @@ class _Prober:
 
     def mixed_plan(self, micro_batch: int) -> Plan:
         """A few blocks at both ends, trained or not, recomputed or not, with small ranks that differ."""
-        blocks = sorted({*range(min(4, self._top)), self._top})
+        blocks = sorted({*range(min(3 if self._suffixes else 4, self._top)), self._top})
         treatments = {}
         for position, block in enumerate(blocks):
-            role = "lowest" if position % 2 or block == self._top else "above"
+            trained = block == self._top or (position > 0 if self._suffixes else position % 2)
+            role = "lowest" if trained else "above"
             kept = self._kept[-1] and position > 1
             treatments[block] = replace(self._default(block, role), checkpointed=kept)
         plan = self._plan(treatments, micro_batch)
@@ -299,10 +315,11 @@ class _Prober:
         trained = [pattern_parts(pattern, count) for pattern in self._patterns] if count else []
         untrained = [(part,) * count for part in self._untrained] if count else [()]
         if block < num_blocks - 1 or self._head:
-            yield from (_Treatment("below", kept, pattern) for pattern in untrained for kept in self._kept)
+            below = self._kept[:1] if self._suffixes else self._kept
+            yield from (_Treatment("below", kept, pattern) for pattern in untrained for kept in below)
         yield from (_Treatment("lowest", kept, pattern) for pattern in trained for kept in self._kept)
         if block > 0:
-            patterns = dict.fromkeys([*untrained, *trained])
+            patterns = dict.fromkeys([*(() if self._suffixes and trained else untrained), *trained])
             yield from (_Treatment("above", kept, pattern) for pattern in patterns for kept in self._kept)
 
     def _default(self, block: int, role: str) -> _Treatment:
