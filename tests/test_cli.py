@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from typer.testing import CliRunner, Result
 
 from fedpilot import cli, display, jobs, memory, planning, progress, tensors
 from fedpilot.cli import app
+from fedpilot.cli.base import importing
 from fedpilot.commands import plan as planned
 from fedpilot.comparison import Comparison, Standing
 from fedpilot.config import profiles, setup
@@ -778,6 +780,19 @@ def test_help_is_immediate_because_it_imports_no_heavy_library() -> None:
     code = "import sys, fedpilot.cli; print([n for n in ('torch', 'numpy', 'transformers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_garbage_is_looked_for_while_a_command_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with importing():
+        assert gc.isenabled()  # all is imported already
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 # --- display and log ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from sklearn.metrics import roc_auc_score
+from numpy.typing import ArrayLike
 
 from fedpilot import training
 from fedpilot.errors import DataError
@@ -141,8 +141,14 @@ def _auc(scores: Sequence[tuple[float, int]], suffix: str) -> dict[str, float]:
     if not scores:
         return {}
     shares, labels = zip(*scores, strict=True)
-    both = len(set(labels)) == 2
-    return {f"auc{suffix}": float(roc_auc_score(labels, shares)) if both else math.nan}
+    return {f"auc{suffix}": area_under_curve(labels, shares) if len(set(labels)) == 2 else math.nan}
+
+
+def area_under_curve(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the ROC curve of scores of two classes."""
+    from sklearn.metrics import roc_auc_score  # takes its time, and most commands need none
+
+    return float(roc_auc_score(labels, scores))
 
 
 def _batches(examples: Examples, groups: Sequence[str] | None, batch_size: int) -> Iterator[tuple[str | None, Batch]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from fedpilot.cli.base import LOOKING, Json, LogFile, Overrides, app, examples, say_json
+from fedpilot.cli.base import LOOKING, Json, LogFile, Overrides, app, examples, importing, say_json
 from fedpilot.cli.profile import MODEL_HELP
 
 
@@ -67,11 +67,13 @@ def plan(
     with LogFile():
         say = say_json if json else None
         if recipe is not None:
-            from fedpilot.commands import plan as commands
+            with importing():
+                from fedpilot.commands import plan as commands
 
             commands.plan(recipe, overrides or [], out, say)
             return
-        from fedpilot.commands import hardware
+        with importing():
+            from fedpilot.commands import hardware
 
         sizes = {"rank": rank, "max_length": length, "image_size": image_size}
         hardware.plan(

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from fedpilot import assets, checkpoint, click_model
@@ -34,6 +33,7 @@ from fedpilot.data.recommendation import (
     parts,
 )
 from fedpilot.data.tables import Rows
+from fedpilot.evaluation import area_under_curve
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ClickStage:
         return {
             "accuracy": float(((odds > 0) == labels.bool()).float().mean()),
             "loss": float(F.binary_cross_entropy_with_logits(odds, labels)),
-            "auc": float(roc_auc_score(labels.numpy(), odds.numpy())) if 0 < labels.mean() < 1 else float("nan"),
+            "auc": area_under_curve(labels.numpy(), odds.numpy()) if 0 < labels.mean() < 1 else float("nan"),
         }
 
     def facts(self, test: Rows) -> dict[str, object]:
