@@ -128,6 +128,7 @@ class Case:
     autocast: str
     patterns: tuple[str, ...] = ("AB",)
     micro_batches: tuple[int, ...] = (4,)
+    last_block: str = "whole"
 
 
 CASES: Mapping[str, Case] = {
@@ -136,6 +137,7 @@ CASES: Mapping[str, Case] = {
     "llama": Case("sdpa", "float32", ("AB",), (4, 2)),
     "clip": Case("sdpa", "float32", ("AB",), (4, 2)),
     "llama-classifier": Case("eager", "bf16"),
+    "bert, first position": Case("sdpa", "float32", ("AB",), (4, 2), "first-position"),
 }
 
 
@@ -146,7 +148,8 @@ def training_of(family: str, **changes: Any) -> TrainingSettings:
 
 @cache
 def model_of(family: str, device: str) -> AdaptedModel:
-    return tiny.build(family, device=device, attention=CASES[family].attention)
+    case = CASES[family]
+    return tiny.build(family.partition(",")[0], device=device, attention=case.attention, last_block=case.last_block)
 
 
 @cache

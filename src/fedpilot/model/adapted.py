@@ -8,7 +8,7 @@ is trained in place instead of in a second copy, ranks differ by module under on
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,6 +30,7 @@ from fedpilot.attachments import Pooling
 from fedpilot.errors import ModelError
 from fedpilot.memory import StepProgram
 from fedpilot.model.attached import Attached, attach, pool_hidden
+from fedpilot.model.last_block import FirstPosition
 from fedpilot.model.loading import (
     Base,
     Device,
@@ -105,6 +106,9 @@ class AdaptedModel:
         self._live: dict[str, nn.Parameter] = {name: self._parameters[name] for name in base.head}
         self.plan: Plan | None = None
         self._below = _modules_before(self.base, path)
+        self._first_position: FirstPosition | None = None
+        if settings.last_block == "first-position":
+            self._first_position = FirstPosition(self._blocks[-1], str(self.facts["model_type"]), settings.task)
         self._base_number = 0
         self._cache: PrefixCache | None = None
         self._prefix: Prefix | None = None
@@ -418,7 +422,7 @@ class AdaptedModel:
         for module in training_modules:
             module.training = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._first_position.off() if self._first_position else nullcontext():
                 hidden: torch.Tensor = backbone(**inputs, **self._inputs).last_hidden_state
         finally:
             for module in training_modules:

@@ -65,6 +65,8 @@ class ModelSettings:
         attention: ``sdpa`` is fused and keeps no scores of long inputs; ``eager`` is faster for short ones in bf16 on
             a CPU, and as fast in float32.
         dtype: Of the frozen base. With ``bf16`` every forward pass runs under autocast; adapters stay float32.
+        last_block: ``first-position`` leaves out what the last block of a BERT-like classifier computes behind its
+            attention at positions that the head does not read; predicted memory and operations know it.
     """
 
     source: str
@@ -79,6 +81,7 @@ class ModelSettings:
     train_pooler: bool | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
     dtype: Literal["float32", "bf16"] = "float32"
+    last_block: Literal["whole", "first-position"] = "whole"
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def load_base(settings: ModelSettings, num_labels: int | None, device: Device, s
         "source": settings.source,
         "model_type": str(config.model_type),
         "attention": settings.attention,
+        "last_block": settings.last_block,
         "dtype": settings.dtype,
         "head": ", ".join(names),
         "newly_initialised": ", ".join(sorted(names if fresh is None else fresh)),
