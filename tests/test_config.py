@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -431,6 +432,38 @@ def test_the_server_trains_as_clients_do_but_for_what_its_section_says() -> None
     )
     assert settings.autocast == "bf16"
     assert server.training_settings(read({**tables, "server": {"batch_size": 2}})).batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "found", "expected", "words"),
+    [
+        (False, {"avx2": True, "avx512_bf16": False}, "float32", "float32 here: this processor has no bf16"),
+        (False, {"avx512_bf16": True}, "bf16", "bf16 here: this processor has bf16"),
+        (False, {"amx_bf16": True}, "bf16", "bf16 here: this processor has bf16"),
+        (True, {"avx512_bf16": True}, "float32", "float32 here: this GPU has no bf16"),
+    ],
+)
+def test_automatic_arithmetic_is_bf16_where_the_device_has_it_and_is_said_and_on_record(
+    on_gpu: bool,
+    found: dict[str, bool],
+    expected: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with caplog.at_level("INFO"):
+        recipe = read(changed("training", autocast="auto"))
+    assert recipe.training.autocast == recipe.resolved()["training"]["autocast"] == expected
+    assert words in caplog.text
+
+
+def test_arithmetic_that_is_asked_for_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert read(smallest()).training.autocast == "float32"
+    assert read(changed("training", autocast="bf16")).training.autocast == "bf16"
 
 
 def test_validation_data_must_be_there_to_be_evaluated_on() -> None:

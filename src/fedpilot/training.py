@@ -43,7 +43,7 @@ class Examples(Protocol):
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimiser": ("adamw", "sgd", "momentum"),
-    "autocast": ("float32", "bf16"),
+    "autocast": ("float32", "bf16", "auto"),
     "schedule": ("constant", "cosine"),
 }
 
@@ -61,7 +61,8 @@ class TrainingSettings:
         weight_decay: Decoupled for AdamW, added to the gradient for SGD.
         momentum: Factor of the ``momentum`` optimiser.
         max_grad_norm: Norm over all gradients together that a step is clipped to; ``None`` for no clipping.
-        autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are.
+        autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are. ``auto`` is bf16
+            where the device has instructions for it (`native_arithmetic`); a run's record says which it was.
         schedule: Of the learning rate over rounds.
         min_lr_ratio: Share of ``learning_rate`` that the cosine falls to.
         frozen_dropout: Whether dropout acts below the lowest block that a client trains; above it always does.
@@ -80,7 +81,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     momentum: float = 0.9
     max_grad_norm: float | None = 1.0
-    autocast: Literal["float32", "bf16"] = "float32"
+    autocast: Literal["float32", "bf16", "auto"] = "float32"
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: float = 0.0
     frozen_dropout: bool = True
@@ -194,11 +195,21 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     return [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, examples, size)]
 
 
+def native_arithmetic(device_type: str) -> Literal["float32", "bf16"]:
+    """``bf16`` where the device has instructions for its products, on which emulation would be slower than float32."""
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    known = torch.cpu.get_capabilities()
+    return "bf16" if any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "float32"
+
+
 def arithmetic(autocast: str, device_type: str) -> AbstractContextManager[object]:
     """Context of a forward pass: bf16 matrix products, or everything as it is stored.
 
     Autocast's cache is off: it would keep casts of the small trained matrices alive, each of which is used once.
     """
+    if autocast == "auto":
+        autocast = native_arithmetic(device_type)
     if autocast != "bf16":
         return nullcontext()
     return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)

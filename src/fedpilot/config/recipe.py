@@ -4,6 +4,7 @@ Sections whose settings belong to a module are that module's own dataclass; what
 """
 
 import dataclasses
+import logging
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.assets import ASSETS
@@ -37,10 +40,12 @@ from fedpilot.privacy.secure_settings import SecureAggregation
 from fedpilot.robust import Robust
 from fedpilot.safeguards import Safeguards
 from fedpilot.screening import Screening
-from fedpilot.training import TrainingSettings
+from fedpilot.training import TrainingSettings, native_arithmetic
 from fedpilot.types import UsesPublicData
 
 Table = Mapping[str, object]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -215,10 +220,26 @@ def read_recipe(
     task, evaluation, public = recipe.model.task, recipe.evaluation, recipe.server.fraction
     if evaluation.metric == "auto":
         evaluation = dataclasses.replace(evaluation, metric=_metrics(task, recipe.data)[0])
+    if recipe.training.autocast == "auto":
+        recipe = dataclasses.replace(recipe, training=_native(recipe.training, recipe.run))
     data = dataclasses.replace(recipe.data, task=task, public_fraction=public)
     if recipe.recommendation is not None:
         data = dataclasses.replace(data, recommendation=recipe.recommendation)
     return dataclasses.replace(recipe, data=data, evaluation=evaluation)
+
+
+def wants_gpu(run: RunSettings) -> bool:
+    """Whether clients are to train on a GPU; ``auto`` is where there is one."""
+    return run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
+
+
+def _native(training: TrainingSettings, run: RunSettings) -> TrainingSettings:
+    """The settings with the arithmetic that the run's device has, which is said and goes into the record."""
+    gpu = wants_gpu(run)
+    chosen = native_arithmetic("cuda" if gpu else "cpu")
+    has = "has" if chosen == "bf16" else "has no"
+    logger.info("training.autocast = 'auto' is %s here: this %s %s bf16", chosen, "GPU" if gpu else "processor", has)
+    return dataclasses.replace(training, autocast=chosen)
 
 
 def _metrics(task: str, data: DataSettings | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from fedpilot import assets, memory, planning
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.condensation import REHEARSED
 from fedpilot.config.population import Population, load_population
-from fedpilot.config.recipe import Recipe
+from fedpilot.config.recipe import Recipe, wants_gpu
 from fedpilot.config.schema import ByteSize
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.server import Server, public_examples
@@ -78,8 +78,7 @@ def device_of(recipe: Recipe) -> Literal["cpu", "cuda"]:
     """
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(['run.device must be "cpu" or "auto" on a machine without a GPU, got "cuda"'])
-    wants_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    return "cuda" if wants_gpu else "cpu"
+    return "cuda" if wants_gpu(recipe.run) else "cpu"
 
 
 def profile_of(
