@@ -460,6 +460,12 @@ def test_automatic_arithmetic_is_bf16_where_the_device_has_it_and_is_said_and_on
     assert words in caplog.text
 
 
+def test_a_clusters_address_is_for_flowers_simulation_alone() -> None:
+    (found,) = problems(changed("run", ray_address="auto"))
+    assert "ray_address must be left out where engine is not 'flower-simulation', got 'auto'" in found
+    assert read(changed("run", ray_address="auto", engine="flower-simulation")).run.ray_address == "auto"
+
+
 def test_arithmetic_that_is_asked_for_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert read(smallest()).training.autocast == "float32"

@@ -35,6 +35,8 @@ class RunSettings:
         engine: What carries tasks to clients: ``in-process``, or worker processes, on this machine;
             ``flower-simulation``, the same over Flower's messages and Ray; ``flower``, nodes on other machines, which
             ``fedpilot serve`` runs.
+        ray_address: Of a running Ray cluster that ``flower-simulation`` spreads clients over, as ``host:6379``, or
+            ``auto`` for the one that this machine belongs to; ``"none"`` starts Ray on this machine alone.
         trackers: Where curves go besides the run's own files: ``tensorboard``, and ``mlflow`` and ``wandb``, extras of
             the same names. They write into the run directory unless their own environment variables say otherwise.
         min_uploads: Fewest uploads that change the state; a round with fewer is recorded and leaves it as it is.
@@ -52,6 +54,7 @@ class RunSettings:
     clients_per_pass: Annotated[int | Literal["auto"], _COUNT_OR_AUTO] = "auto"
     kept: Literal["memory", "disk"] = "memory"
     engine: Literal["in-process", "flower-simulation", "flower"] = "in-process"
+    ray_address: Annotated[str | None, NOT_EMPTY] = None
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     min_uploads: Annotated[int, AT_LEAST_ONE] = 1
     min_share: Annotated[float, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
@@ -65,6 +68,9 @@ class RunSettings:
         if elsewhere and self.clients_per_pass not in (1, "auto"):
             rule = "clients_per_pass must be 1 where clients do not train in this process"
             problems.append(f"{rule}, got {self.clients_per_pass}; set workers = 1 and engine = 'in-process'")
+        if self.ray_address is not None and self.engine != "flower-simulation":
+            rule = "ray_address must be left out where engine is not 'flower-simulation'"
+            problems.append(f"{rule}, got {self.ray_address!r}; set engine = 'flower-simulation'")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -233,3 +235,56 @@ def test_flowers_simulation_has_the_bits_of_the_run_in_process(place: Place, tmp
         job = jobs.start(recipe, tmp_path / name)
         simulation.run(job)
         assert adapter(tmp_path / name) == in_process(recipe, tmp_path / f"{name}-here"), name
+
+
+CLUSTER = """
+from ray.cluster_utils import Cluster
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+made.add_node(num_cpus=1)
+made.wait_for_nodes()
+print(made.address, flush=True)
+input()
+made.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """Address of two machines' worth of Ray, each with a core."""
+    pytest.importorskip("ray")
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield next(line for line in process.stdout if re.fullmatch(r"[\d.]+:\d+\n", line)).strip()
+        process.communicate("\n", timeout=60)
+
+
+def test_a_run_on_a_ray_cluster_uses_all_its_machines_and_has_the_bits_of_the_run_in_process(
+    cluster: str, place: Place, tmp_path: Path
+) -> None:
+    import ray
+
+    for name in ("fedit", "fed-pilot"):
+        recipe = place.recipe(name, engine="flower-simulation", ray_address=cluster)
+        jobs.run(jobs.start(recipe, tmp_path / name))
+        here = place.recipe(name)
+        assert adapter(tmp_path / name) == in_process(here, tmp_path / f"{name}-here"), name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(address=cluster, logging_level="ERROR")
+    try:
+        actors = ray._private.state.actors().values()
+    finally:
+        ray.shutdown()
+    used = {actor["Address"]["NodeID"] for actor in actors if "ClientApp" in actor["ActorClassName"]}
+    assert len(used) == 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "auto"])
+def test_an_address_without_a_cluster_is_said(place: Place, tmp_path: Path, address: str) -> None:
+    recipe = place.recipe(engine="flower-simulation", ray_address=address)
+    job = jobs.start(recipe, tmp_path / "run")
+    with pytest.raises(
+        FedpilotError, match=rf"run\.ray_address must be that of a running Ray cluster, got '{address}'"
+    ):
+        jobs.run(job)

@@ -1,7 +1,8 @@
-"""The same messages and the same app in Flower's simulation: nodes are turns of Ray's workers on this machine."""
+"""The same messages and the same app in Flower's simulation: nodes are turns of Ray's workers, here or on a cluster."""
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,20 +25,26 @@ from fedpilot.jobs import Job, Watch
 logger = logging.getLogger(__name__)
 
 
-def run(job: Job, watch: Watch = jobs.unwatched, *, read_test: bool = True, workers: int = 1) -> Comparison | None:
+_PASSED_ON = (*compat.QUIET, "FLWR_HOME", "FEDPILOT_CACHE", "OMP_NUM_THREADS", client_app.FOLDER)
+"""Of the environment, what workers on another machine are to have."""
+
+
+def run(job: Job, watch: Watch = jobs.unwatched, *, read_test: bool = True) -> Comparison | None:
     """Runs what is left of the job with one node for each client of the recipe.
+
+    Ray has ``run.workers`` processes, each with a model of its own; on a cluster (``run.ray_address``) as many as there
+    is room for.
 
     Args:
         job: The run.
         watch: Who watches.
         read_test: As in `jobs.run`.
-        workers: Ray's processes, each with a model of its own.
 
     Returns:
         As `jobs.run`.
 
     Raises:
-        FedpilotError: Ray is not installed, or the run failed.
+        FedpilotError: Ray is not installed, there is no cluster, or the run failed.
     """
     try:
         import ray  # noqa: F401
@@ -58,9 +65,11 @@ def run(job: Job, watch: Watch = jobs.unwatched, *, read_test: bool = True, work
             raise
 
     app.main()(main)
+    settings = job.recipe.run
+    workers = settings.workers if isinstance(settings.workers, int) else 1
     resources = {"num_cpus": 1, "num_gpus": 1.0 / workers if _on_gpu(job) else 0.0}
     backend: Any = {"client_resources": resources, "init_args": {"num_cpus": workers, "include_dashboard": False}}
-    with _quiet(job.path / HOME), warnings.catch_warnings():
+    with _quiet(job.path / HOME), _joined(settings.ray_address), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             run_simulation(app, client_app.app, len(job.experiment.population.clients), backend_config=backend)
@@ -72,6 +81,46 @@ def run(job: Job, watch: Watch = jobs.unwatched, *, read_test: bool = True, work
     if isinstance(ended[0], BaseException):
         raise ended[0]
     return ended[0]
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    """In the body this process belongs to the Ray cluster, which Flower then takes instead of starting its own."""
+    if address is None:
+        yield
+        return
+    import ray
+
+    _check_reachable(address)
+    variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses an address that nobody listens on, which Ray itself would try again for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> FedpilotError:
+    return FedpilotError(
+        f"run.ray_address must be that of a running Ray cluster, got {address!r}: {error}; start one with "
+        "'ray start --head' on a machine and 'ray start --address=...' on the others"
+    )
 
 
 def _on_gpu(job: Job) -> bool:
