@@ -90,7 +90,7 @@ def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = Non
         FedpilotError: Data, model or directory cannot be had as asked; nothing is written then.
     """
     trackers.check(recipe.run.trackers)
-    experiment = setup.experiment(replace(recipe, methods={}), traces=traces)  # a run has one method
+    experiment = setup.experiment(replace(recipe, methods={}), traces=traces, trains=True)  # a run has one method
     recipe = experiment.recipe  # now with what was measured on this machine
     where = path or free_path(Path(recipe.run.out), recipe.run.name)
     people = experiment.population
@@ -118,7 +118,7 @@ def resume(path: Path, *, traces: Path | None = None) -> Job:
     """
     recipe = recipe_of(path)
     trackers.check(recipe.run.trackers)
-    experiment = setup.experiment(recipe, traces=traces)
+    experiment = setup.experiment(recipe, traces=traces, trains=True)
     return Job(experiment, RunDirectory.open(path, facts_of(recipe)))
 
 

@@ -15,7 +15,7 @@ import torch
 from fedpilot import base_deltas, tensors
 from fedpilot.engines.in_process import InProcess
 from fedpilot.engines.kept import DiskKept, MemoryKept
-from fedpilot.engines.workers import Pool, Workers
+from fedpilot.engines.workers import Parent, Pool, Workers
 from fedpilot.types import BaseDelta, Failure, Plan, Task, Upload
 from tests import tiny
 from tests.engines import bert_parts, parts
@@ -162,7 +162,7 @@ def test_what_breaks_while_a_workplace_is_set_up_is_raised() -> None:
 SCRIPT = """
 import signal, sys, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-from fedpilot.engines.workers import Pool, Workers
+from fedpilot.engines.workers import Parent, Pool, Workers
 from fedpilot.types import Plan, Task
 from tests.engines import parts
 engine = Workers(parts.Doubling(slow=(3,)), Pool(parts.Toys, 2))
@@ -194,3 +194,45 @@ def test_no_process_outlives_a_run_that_is_interrupted_or_killed(how: signal.Sig
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+# --- the process that they are forked from ----------------------------------------------------------------------------
+
+
+def doubled(pool: Pool) -> list[list[float]]:
+    found = Workers(parts.Doubling(), pool).exchange(1, tasks(1, 2, 5))
+    return [result.tensors["x"].tolist() for result in found if isinstance(result, Upload)]
+
+
+def test_workers_are_forked_from_a_process_that_was_there_before_the_work_was_known() -> None:
+    parent = Parent(["fedpilot.data"])
+    pool = Pool(parts.Toys, 2, parent=parent)
+    assert doubled(pool) == [[2.0, 2.0], [2.0, 4.0], [2.0, 10.0]]
+    assert parent.process.poll() is None
+    pool.close()
+    assert parent.process.returncode == 0
+
+
+def test_a_parent_that_nobody_needed_ends_with_its_pool() -> None:
+    parent = Parent()
+    Pool(parts.Toys, 2, parent=parent).close()
+    assert parent.process.returncode == -signal.SIGKILL
+
+
+def test_a_parent_that_died_is_replaced() -> None:
+    parent = Parent()
+    parent.process.kill()
+    parent.process.wait()
+    pool = Pool(parts.Toys, 2, parent=parent)
+    assert doubled(pool) == [[2.0, 2.0], [2.0, 4.0], [2.0, 10.0]]
+    pool.close()
+
+
+def test_the_engines_process_computes_with_one_thread_while_workers_are_at_work(shared: Workers) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = [torch.get_num_threads() for _ in shared.exchange(1, tasks(1, 2, 5))]
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from fedpilot.cli.base import (
     app,
     check_start,
     examples,
+    importing,
     say_json,
 )
 
@@ -38,8 +39,9 @@ def run(
     """Trains, beside the recipe's baseline where it has one."""
     check_start(recipe, overrides, out, resume)
     with LogFile() as log:
-        from fedpilot.commands import run as commands
-        from fedpilot.stopping import Halted
+        with importing():
+            from fedpilot.commands import run as commands
+            from fedpilot.stopping import Halted
 
         job = commands.begin(recipe, overrides or [], out, resume, stderr=json)
         log.write_to(job.path)

@@ -23,7 +23,7 @@ from fedpilot.config.traces import Traces
 from fedpilot.config.workplace import MakePlaces, Places, faster_workers
 from fedpilot.engines.in_process import InProcess
 from fedpilot.engines.kept import DiskKept
-from fedpilot.engines.workers import Pool, Workers
+from fedpilot.engines.workers import Parent, Pool, Workers
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.evaluation import combined
 from fedpilot.manifest import package_versions
@@ -201,12 +201,14 @@ class Experiment:
         population: Clients and data.
         sketch: The model without storage, for planning.
         traces: Memory of its training step, by kind of step.
+        parent: Of worker processes, if there is one already.
     """
 
     recipe: Recipe
     population: Population
     sketch: AdaptedModel
     traces: Traces
+    parent: Parent | None = None
 
     @cached_property
     def adapted(self) -> AdaptedModel:
@@ -247,7 +249,8 @@ class Experiment:
     def new_pool(self, count: int) -> Pool:
         """So many worker processes, which do not run yet."""
         labels = num_labels(self.recipe, self.population)
-        return Pool(MakePlaces(self.recipe, self.population, self.sketch.settings, labels), count)
+        places = MakePlaces(self.recipe, self.population, self.sketch.settings, labels)
+        return Pool(places, count, parent=self.parent)
 
     def engine(self, method: Algorithm[Any], folder: Path | None = None) -> InProcess | Workers:
         """A fresh engine for one run of the method; what clients keep is held in the folder if the recipe says so."""
@@ -291,22 +294,28 @@ class Experiment:
         return combined(self.sketch.task_type, [batch for part in parts for batch in part])
 
 
-def experiment(recipe: Recipe, *, people: Population | None = None, traces: Path | None = None) -> Experiment:
+def experiment(
+    recipe: Recipe, *, people: Population | None = None, traces: Path | None = None, trains: bool = False
+) -> Experiment:
     """Everything up to the weights; what is measured on this machine is written into its recipe, for the record.
 
     Args:
         recipe: The configuration.
         people: Its population where that is loaded already.
         traces: Folder that keeps memory profiles.
+        trains: Whether a run follows, so that what worker processes import may be imported meanwhile.
 
     Raises:
         FedpilotError: Data, model or plan cannot be had as asked.
     """
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
-    device = device_of(recipe)
+    device, run = device_of(recipe), recipe.run
+    several = threads(recipe) > 1 if run.workers == "auto" else run.workers > 1
+    works_elsewhere = several and run.engine == "in-process" and device == "cpu"
+    parent = Parent(["fedpilot.config.workplace"]) if trains and works_elsewhere else None
     people = people or load_population(recipe)
-    made = _assembled(recipe, people, traces)
+    made = dataclasses.replace(_assembled(recipe, people, traces), parent=parent)
     if (
         recipe.baseline is not None
         and recomputes(recipe.baseline)
@@ -439,7 +448,7 @@ def _with_workers(made: Experiment) -> Experiment:
 
 def _again(made: Experiment, recipe: Recipe, people: Population) -> Experiment:
     """The experiment with other facts and the same loaded model."""
-    changed = Experiment(recipe, people, made.sketch, made.traces)
+    changed = Experiment(recipe, people, made.sketch, made.traces, made.parent)
     if "adapted" in made.__dict__:  # where cached_property keeps it
         changed.__dict__["adapted"] = made.adapted
     return changed

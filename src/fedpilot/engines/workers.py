@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from fedpilot.engines.kept import HoldsStore, KeptStore
 from fedpilot.engines.wire import Receiver, Sender
 from fedpilot.engines.worker import Workplace
@@ -48,24 +50,31 @@ class Pool:
         make: Makes the workplace, once for all workers; is pickled, so it must be importable, and must not train.
         count: Worker processes.
         threads: Threads of each.
+        parent: To fork them from; ``None`` for a process that has imported nothing yet.
     """
 
-    def __init__(self, make: Callable[[], Workplace], count: int, *, threads: int = 1) -> None:
+    def __init__(
+        self, make: Callable[[], Workplace], count: int, *, threads: int = 1, parent: "Parent | None" = None
+    ) -> None:
         self.count = count
-        self._make, self._threads = make, threads
+        self._make, self._threads, self._parent = make, threads, parent
         self._forge: _Forge | None = None
         self._idle: list[_Worker] = []
 
     def start(self) -> None:
         """Starts the processes, which set themselves up while the caller goes on; needs not be called."""
         if self._forge is None:
-            self._forge = _Forge(self._make, self._threads)
+            parent, self._parent = self._parent or Parent(), None
+            self._forge = _Forge(parent, self._make, self._threads)
 
     def close(self) -> None:
         """Ends all processes at once."""
         for worker in self._idle:
             worker.connection.close()
         self._idle.clear()
+        if self._parent is not None:
+            self._parent.close()
+            self._parent = None
         if self._forge is not None:
             self._forge.close()
             self._forge = None
@@ -204,7 +213,7 @@ class Workers(HoldsStore):
         results: dict[int, Upload | Failure] = {}
         handed = given = 0
         more = True
-        with self.pool.working() as busy:
+        with _one_thread(), self.pool.working() as busy:
             while more or busy or results:
                 while more and len(busy) < self.pool.count and handed - given < AHEAD * self.pool.count:
                     task = next(queue, None)
@@ -232,6 +241,17 @@ class Workers(HoldsStore):
         return result
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """This process computes with one thread in the body: two would wait for each other where workers hold the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _error(answer: tuple[Exception, Sequence[str]]) -> Exception:
     """The error that a process raised, with its notes."""
     error, notes = answer
@@ -239,27 +259,40 @@ def _error(answer: tuple[Exception, Sequence[str]]) -> Exception:
     return error
 
 
-class _Forge:
-    """The process that worker processes are forked from."""
+class Parent:
+    """A process for workers to be forked from, which imports while nobody knows yet what they will work with.
 
-    def __init__(self, make: Callable[[], Workplace], threads: int) -> None:
+    Args:
+        modules: What it imports at once.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 # forking beside torch's idle threads is meant: they hold no locks before anything was trained
-                [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PROGRAM, str(theirs.fileno()), *modules],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
-        self._socket = ours
-        self._connection = Connection(os.dup(ours.fileno()))
-        self._ready = False
-        self.close = weakref.finalize(self, _end, self._process, self._connection, ours)
+        self.socket = ours
+        self.connection = Connection(os.dup(ours.fileno()))
+        self.close = weakref.finalize(self, _drop, self.process, self.connection, ours)
+
+
+class _Forge:
+    """The process that worker processes are forked from."""
+
+    def __init__(self, parent: Parent, make: Callable[[], Workplace], threads: int) -> None:
+        self._socket, self._connection, self._ready = parent.socket, parent.connection, False
+        parent.close.detach()
+        self.close = weakref.finalize(self, _end, parent.process, parent.connection, parent.socket)
         order = (sys.path, pickle.dumps(make), threads)
-        self._connection.send_bytes(pickle.dumps(order))
+        with contextlib.suppress(ConnectionError):  # it is gone: asking for a worker says so
+            self._connection.send_bytes(pickle.dumps(order))
 
     def worker(self) -> _Worker:
         """A new worker; waits until the workplace is set up.
@@ -288,6 +321,13 @@ class _Forge:
 
     def _receive(self) -> Any:
         return pickle.loads(self._connection.recv_bytes())
+
+
+def _drop(process: "subprocess.Popen[bytes]", connection: Connection, control: socket.socket) -> None:
+    connection.close()
+    control.close()
+    process.kill()
+    process.wait()
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection, control: socket.socket) -> None:
