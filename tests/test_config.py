@@ -462,7 +462,14 @@ def test_automatic_arithmetic_is_bf16_where_the_device_has_it_and_is_said_and_on
 
 def test_a_clusters_address_is_for_flowers_simulation_alone() -> None:
     (found,) = problems(changed("run", ray_address="auto"))
-    assert "ray_address must be left out where engine is not 'flower-simulation', got 'auto'" in found
+    assert found == (
+        "r.toml: run.ray_address must be left out where engine is not 'flower-simulation', got 'auto'; "
+        "set engine = 'flower-simulation'"
+    )
+    assert problems(changed("run", ray_address="auto", cohort=1, min_uploads=2)) == (
+        "r.toml: run.min_uploads must be at most cohort, 1, got 2; no round would count",
+        found,
+    )
     assert read(changed("run", ray_address="auto", engine="flower-simulation")).run.ray_address == "auto"
 
 

@@ -209,7 +209,7 @@ def build(
     """The dataclass of a table, or ``None`` when something was wrong with it; see `read`.
 
     A class that checks itself does so with ``ValueError``, several sentences joined by ``"; "``, each opening with its
-    field; they are passed on with their places.
+    field; they are passed on with their places. One that opens otherwise, a hint, belongs to the one before.
     """
     before = len(problems)
     values = read(cls, table, where, problems, rules=rules, hidden=hidden)
@@ -217,7 +217,8 @@ def build(
         try:  # with defaults for what could not be read, so that its own rules are heard at the same time
             built = cls(**values)
         except ValueError as error:
-            problems += [where(sentence) for sentence in str(error).split("; ")]
+            fields = "|".join(re.escape(field.name) for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+            problems += [where(sentence) for sentence in re.split(rf"; (?=(?:{fields})\b)", str(error))]
         else:
             return built if len(problems) == before else None
     return None
