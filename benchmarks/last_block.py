@@ -11,35 +11,23 @@ import itertools
 import platform
 import statistics
 import time
-from contextlib import nullcontext
-from dataclasses import replace
 from datetime import date
 
 import torch
 from step_floor import CASES, RANK
 
 from fedpilot import lora
-from fedpilot.model import AdaptedModel
-from fedpilot.model.loading import Base
 from fedpilot.training import TrainingSettings
 from fedpilot.types import Plan
 
 MODES = ("whole", "first-position")
 
 
-def model(mode: str) -> AdaptedModel:
-    """The shape's model, adapted anew in the mode."""
-    plain = CASES[0].model("sdpa")
-    head = {name: p.detach().clone() for name, p in plain.base.named_parameters() if name.startswith("classifier.")}
-    base = Base(plain.base, head, {"model_type": "bert"}, nullcontext())
-    return AdaptedModel(replace(plain.settings, last_block=mode), base)
-
-
 def times(trained: int, cache_bytes: int, repeats: int) -> dict[str, list[float]]:
     """Mode -> seconds of a step, of ``repeats`` in turn."""
     programs = {}
     for mode in MODES:
-        adapted = model(mode)
+        adapted = CASES[0].model("sdpa", mode)
         blocks = range(adapted.spec.num_blocks)
         names = lora.names(lora.blocks_modules(adapted.spec, blocks[-trained:]))
         plan = Plan(0, dict.fromkeys(adapted.spec.modules, RANK), frozenset(names) | frozenset(adapted.spec.head))

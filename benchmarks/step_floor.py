@@ -42,7 +42,7 @@ class Case:
     length: int
     bound: float
 
-    def model(self, attention: str) -> AdaptedModel:
+    def model(self, attention: str, last_block: str = "whole") -> AdaptedModel:
         """Random weights; LoRA of rank 8 on queries and values of all blocks."""
         config = BertConfig(
             hidden_size=self.width,
@@ -57,8 +57,10 @@ class Case:
         )
         base = BertForSequenceClassification(config)
         head = {name: p.detach().clone() for name, p in base.named_parameters() if name.startswith("classifier.")}
-        settings = ModelSettings("random", rank=RANK, max_length=self.length, attention=attention)
-        return AdaptedModel(settings, Base(base, head, {}, nullcontext()))
+        settings = ModelSettings(
+            "random", rank=RANK, max_length=self.length, attention=attention, last_block=last_block
+        )
+        return AdaptedModel(settings, Base(base, head, {"model_type": "bert"}, nullcontext()))
 
 
 CASES = (

@@ -179,6 +179,11 @@ def test_a_step_does_not_remember_the_gradient_of_the_last_one() -> None:
     torch.testing.assert_close(model.weight.grad, first)
 
 
+def test_arithmetic_that_was_left_to_the_recipe_is_not_taken_for_float32() -> None:
+    with pytest.raises(ValueError, match="autocast must be settled before it is used, got 'auto'"):
+        training.arithmetic("auto", "cpu")
+
+
 def test_bf16_autocast_changes_products_and_not_weights() -> None:
     model, reference = net(), net()
     loss, exact = step(model, plain(autocast="bf16")), step(reference, plain())

@@ -58,6 +58,34 @@ def test_the_number_of_workers_is_measured_and_recorded(monkeypatch: pytest.Monk
     assert made.pool is not None
 
 
+def test_what_workers_import_is_begun_with_a_run_that_may_have_them_and_with_no_other() -> None:
+    begun = {
+        (str(workers), passes): setup.experiment(
+            recipe(workers=workers, clients_per_pass=passes, threads=2), trains=True
+        )
+        for workers, passes in ((2, "auto"), (1, "auto"), ("auto", 3))
+    }
+    assert {key: made.parent is not None for key, made in begun.items()} == {
+        ("2", "auto"): True,
+        ("1", "auto"): False,
+        ("auto", 3): False,
+    }
+    assert setup.experiment(recipe(workers=2)).parent is None
+    pool, parent = begun["2", "auto"].pool, begun["2", "auto"].parent
+    assert pool is not None
+    assert parent is not None
+    pool.close()
+    assert parent.process.returncode is not None
+
+
+def test_bf16_products_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    for autocast in ("float32", "bf16"):
+        asked = replace(recipe(), training=replace(recipe().training, autocast=autocast))  # type: ignore[arg-type]
+        with caplog.at_level("INFO"):
+            setup.experiment(asked)
+        assert ("matrix products are bf16" in caplog.text) == (autocast == "bf16")
+
+
 def test_several_workers_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = setup.experiment(recipe(workers=1))
     monkeypatch.setattr(setup, "device_of", lambda recipe: "cuda")

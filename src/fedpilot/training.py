@@ -61,8 +61,8 @@ class TrainingSettings:
         weight_decay: Decoupled for AdamW, added to the gradient for SGD.
         momentum: Factor of the ``momentum`` optimiser.
         max_grad_norm: Norm over all gradients together that a step is clipped to; ``None`` for no clipping.
-        autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are. ``auto`` is bf16
-            where the device has instructions for it (`native_arithmetic`); a run's record says which it was.
+        autocast: Arithmetic of the matrix products; weights and optimiser state stay as they are. ``auto`` is for
+            recipes, which put in what the device has (`native_arithmetic`) and record it.
         schedule: Of the learning rate over rounds.
         min_lr_ratio: Share of ``learning_rate`` that the cosine falls to.
         frozen_dropout: Whether dropout acts below the lowest block that a client trains; above it always does.
@@ -209,7 +209,7 @@ def arithmetic(autocast: str, device_type: str) -> AbstractContextManager[object
     Autocast's cache is off: it would keep casts of the small trained matrices alive, each of which is used once.
     """
     if autocast == "auto":
-        autocast = native_arithmetic(device_type)
+        raise ValueError("autocast must be settled before it is used, got 'auto'; put in native_arithmetic(device)")
     if autocast != "bf16":
         return nullcontext()
     return torch.autocast(device_type, dtype=torch.bfloat16, cache_enabled=False)

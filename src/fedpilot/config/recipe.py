@@ -4,7 +4,6 @@ Sections whose settings belong to a module are that module's own dataclass; what
 """
 
 import dataclasses
-import logging
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +43,6 @@ from fedpilot.training import TrainingSettings, native_arithmetic
 from fedpilot.types import UsesPublicData
 
 Table = Mapping[str, object]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,8 @@ def read_recipe(
     if evaluation.metric == "auto":
         evaluation = dataclasses.replace(evaluation, metric=_metrics(task, recipe.data)[0])
     if recipe.training.autocast == "auto":
-        recipe = dataclasses.replace(recipe, training=_native(recipe.training, recipe.run))
+        chosen = native_arithmetic("cuda" if wants_gpu(recipe.run) else "cpu")
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, autocast=chosen))
     data = dataclasses.replace(recipe.data, task=task, public_fraction=public)
     if recipe.recommendation is not None:
         data = dataclasses.replace(data, recommendation=recipe.recommendation)
@@ -231,15 +229,6 @@ def read_recipe(
 def wants_gpu(run: RunSettings) -> bool:
     """Whether clients are to train on a GPU; ``auto`` is where there is one."""
     return run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
-
-
-def _native(training: TrainingSettings, run: RunSettings) -> TrainingSettings:
-    """The settings with the arithmetic that the run's device has, which is said and goes into the record."""
-    gpu = wants_gpu(run)
-    chosen = native_arithmetic("cuda" if gpu else "cpu")
-    has = "has" if chosen == "bf16" else "has no"
-    logger.info("training.autocast = 'auto' is %s here: this %s %s bf16", chosen, "GPU" if gpu else "processor", has)
-    return dataclasses.replace(training, autocast=chosen)
 
 
 def _metrics(task: str, data: DataSettings | None) -> tuple[str, ...]:

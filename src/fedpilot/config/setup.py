@@ -1,6 +1,7 @@
 """From a recipe to the parts of a run: population, memory profile, algorithm, engine, evaluation."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from fedpilot.types import (
     RefinesOnServer,
     StepKind,
 )
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_STEPS = 3
 
@@ -310,10 +313,11 @@ def experiment(
     """
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
-    device, run = device_of(recipe), recipe.run
-    several = threads(recipe) > 1 if run.workers == "auto" else run.workers > 1
-    works_elsewhere = several and run.engine == "in-process" and device == "cpu"
-    parent = Parent(["fedpilot.config.workplace"]) if trains and works_elsewhere else None
+    device = device_of(recipe)
+    if recipe.training.autocast == "bf16":
+        logger.info("matrix products are bf16, all else is float32")
+    soon = trains and recipe.run.engine == "in-process" and _may_have_workers(recipe)
+    parent = Parent(["fedpilot.config.workplace"]) if soon else None
     people = people or load_population(recipe)
     made = dataclasses.replace(_assembled(recipe, people, traces), parent=parent)
     if (
@@ -419,6 +423,16 @@ def _with_passes(made: Experiment) -> Experiment:
     return _again(made, dataclasses.replace(made.recipe, run=run), made.population)
 
 
+def _may_have_workers(recipe: Recipe) -> bool:
+    """Whether clients train in worker processes, or it is to be measured whether they should."""
+    run = recipe.run
+    if device_of(recipe) == "cuda":
+        return False
+    if run.workers == "auto":
+        return threads(recipe) > 1 and run.clients_per_pass in (1, "auto")
+    return run.workers > 1
+
+
 def _with_workers(made: Experiment) -> Experiment:
     """Checks the number of worker processes, or measures whether several are faster than one.
 
@@ -433,7 +447,7 @@ def _with_workers(made: Experiment) -> Experiment:
         return made
     pool = None
     workers = 1
-    if not on_gpu and count > 1 and run.clients_per_pass == 1:
+    if _may_have_workers(made.recipe):
         pool = made.new_pool(count)
         plan = ample_plan(made.algorithm(dry=True), made.population.clients[0])
         workers = faster_workers(pool, made.places, plan, made.kind(made.recipe.algorithm))

@@ -102,7 +102,7 @@ def record(program: StepProgram, *, warm: bool, passes: int | None = None, secon
             torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
             contextlib.suppress(_EnoughError),
         ):
-            ((program.past_first if second else None) or program.step)()
+            (program.past_first if second and program.past_first else program.step)()
     recorder.recording.holds = recorder.holds()
     return recorder.recording
 

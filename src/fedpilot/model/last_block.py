@@ -14,8 +14,11 @@ from torch import nn
 
 from fedpilot.errors import ModelError
 
-_BEHIND_ATTENTION = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), "attention.output")
-"""Family -> the module of a block that adds what the attention gives to what entered it; its head reads position 0."""
+_FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+"""Whose classifiers read position 0, and whose blocks have the module `_BEHIND_ATTENTION`."""
+
+_BEHIND_ATTENTION = "attention.output"
+"""Adds what the attention gives to what entered the block."""
 
 
 class FirstPosition:
@@ -31,13 +34,13 @@ class FirstPosition:
     """
 
     def __init__(self, block: Any, family: str, task: str) -> None:
-        if family not in _BEHIND_ATTENTION or task != "sequence-classification":
+        if family not in _FAMILIES or task != "sequence-classification":
             raise ModelError(
                 "model.last_block = 'first-position' must go with sequence-classification and one of "
-                f"{', '.join(_BEHIND_ATTENTION)}, got {task} and {family}; set model.last_block = 'whole'"
+                f"{', '.join(_FAMILIES)}, got {task} and {family}; set model.last_block = 'whole'"
             )
         self._active = True
-        block.get_submodule(_BEHIND_ATTENTION[family]).register_forward_pre_hook(self._narrow)
+        block.get_submodule(_BEHIND_ATTENTION).register_forward_pre_hook(self._narrow)
         block.last_block = "first-position"  # for whoever compares blocks: it is unlike the others
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:

@@ -251,7 +251,6 @@ made.shutdown()
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """Address of two machines' worth of Ray, each with a core."""
-    pytest.importorskip("ray")
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -69,7 +69,7 @@ def run(job: Job, watch: Watch = jobs.unwatched, *, read_test: bool = True) -> C
     workers = settings.workers if isinstance(settings.workers, int) else 1
     resources = {"num_cpus": 1, "num_gpus": 1.0 / workers if _on_gpu(job) else 0.0}
     backend: Any = {"client_resources": resources, "init_args": {"num_cpus": workers, "include_dashboard": False}}
-    with _quiet(job.path / HOME), _joined(settings.ray_address), warnings.catch_warnings():
+    with _quiet((job.path / HOME).resolve()), _joined(settings.ray_address), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             run_simulation(app, client_app.app, len(job.experiment.population.clients), backend_config=backend)
@@ -107,9 +107,9 @@ def _joined(address: str | None) -> Iterator[None]:
 
 def _check_reachable(address: str) -> None:
     """Refuses an address that nobody listens on, which Ray itself would try again for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10.0).close()
     except (OSError, ValueError) as error:
@@ -131,7 +131,7 @@ def _on_gpu(job: Job) -> bool:
 def _quiet(home: Path) -> Iterator[None]:
     """Where nodes remember, and nothing reported or looked up; the environment is as it was afterwards."""
     (home / "nodes").mkdir(parents=True, exist_ok=True)
-    changes = {**compat.QUIET, "FLWR_HOME": str(home / "flwr"), client_app.FOLDER: str((home / "nodes").resolve())}
+    changes = {**compat.QUIET, "FLWR_HOME": str(home / "flwr"), client_app.FOLDER: str(home / "nodes")}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
