@@ -3,7 +3,6 @@
 Runs are children of one driver process (this file, run as a module) that has torch loaded and forks for each of them.
 """
 
-import contextlib
 import functools
 import json
 import mmap
@@ -146,11 +145,11 @@ def watch_disk(before: Callable[[], None]) -> None:
 
 
 def name_phases(phase: mmap.mmap) -> None:
-    """Notes in shared memory what the run is doing, so that the driver can tell where a kill landed."""
+    """Notes in shared memory what the run is doing and the how manieth such thing it is, for the driver's kills."""
 
     def noted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            phase[:16] = name.encode().ljust(16)
+            phase[:16], phase[16] = name.encode().ljust(16), phase[16] + 1
             result = method(*args, **kwargs)
             phase[:16] = b"between".ljust(16)
             return result
@@ -197,21 +196,31 @@ def child(command: Mapping[str, Any], phase: mmap.mmap) -> None:
     run(Path(command["path"]), lambda: time.sleep(3 * command.get("sleep", 0.0)))
 
 
+def kill_in(pid: int, phase: mmap.mmap, count: int, delay_s: float) -> None:
+    """Kills the run that long after its ``count``-th phase began: counted, so that a slow machine does not kill sooner."""
+    while phase[16] < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(1e-4)
+    time.sleep(delay_s)
+    os.kill(pid, signal.SIGKILL)
+
+
 def serve() -> None:
-    """For each line of stdin a run in a child: its process id, then how it ended and what it was doing."""
+    """For each line of stdin a run in a child: how it ended and what it was doing."""
     torch.set_num_threads(1)
     now()
-    phase = mmap.mmap(-1, 16)
+    phase = mmap.mmap(-1, 17)
     for line in sys.stdin:
-        phase[:16] = b"starting".ljust(16)
+        command = json.loads(line)
+        phase[:16], phase[16] = b"starting".ljust(16), 0
         if (pid := os.fork()) == 0:
             try:
-                child(json.loads(line), phase)
+                child(command, phase)
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
                 os._exit(1)
             os._exit(0)
-        print(pid, flush=True)
+        if "kill_in" in command:
+            kill_in(pid, phase, *command["kill_in"])
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), bytes(phase[:16]).decode().strip(), flush=True)
 
@@ -225,17 +234,12 @@ class Driver:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
 
-    def run(self, path: Path, *, kill_after_s: float | None = None, **command: Any) -> tuple[int, str]:
+    def run(self, path: Path, **command: Any) -> tuple[int, str]:
         """Exit code (negative: the signal) and the phase in which the run ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"path": str(path), **command}) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         code, _, phase = self.process.stdout.readline().strip().partition(" ")
         return int(code), phase
 
@@ -294,7 +298,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(driver: Driver, uninterrup
     moments = random.Random(KILL_SEED)
     path, phases = tmp_path / "run", []
     while len(phases) < 20:
-        code, phase = driver.run(path, kill_after_s=moments.uniform(0.0, 0.12), sleep=0.001)
+        code, phase = driver.run(path, kill_in=(moments.randrange(13), moments.uniform(0.0, 0.005)), sleep=0.001)
         assert code == -signal.SIGKILL, f"the run ended by itself after {len(phases)} kills; make it longer"
         phases.append(phase)
     assert driver.run(path) == (0, "between")
