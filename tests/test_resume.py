@@ -197,7 +197,7 @@ def child(command: Mapping[str, Any], phase: mmap.mmap) -> None:
 
 
 def kill_in(pid: int, phase: mmap.mmap, count: int, delay_s: float) -> None:
-    """Kills the run that long after its ``count``-th phase began: counted, so that a slow machine does not kill sooner."""
+    """Kills the run that long after its ``count``-th phase began: counted, so that slow machines do not kill sooner."""
     while phase[16] < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(1e-4)
     time.sleep(delay_s)
