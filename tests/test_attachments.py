@@ -22,6 +22,7 @@ from tests import tiny, toy
 
 POOL = InstancePool(size=5, top_k=2, rank=3, query="mean")
 LORAS = replace(POOL, pool="lora")
+SPREAD = replace(POOL, query_blocks=2, choice="spread")
 SETTINGS = TrainingSettings(learning_rate=0.02, batch_size=4)
 
 
@@ -48,6 +49,7 @@ def task(model: AdaptedModel, pool: InstancePool, first: int = 0, seed: int = 0,
         ({"top_k": 0}, r"top_k must lie in 1\.\.size, got 0"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"key_weight": 1.0}, r"key_weight must be in \[0, 1\), got 1\.0"),
+        ({"query_blocks": -1}, "query_blocks must be at least 0, got -1; 0 stands for all blocks"),
     ],
 )
 def test_hyper_parameters_that_make_no_pool_are_refused(change: dict[str, Any], problem: str) -> None:
@@ -108,7 +110,7 @@ def test_a_suffix_trains_its_blocks_and_what_lies_in_none() -> None:
 # --- as JSON ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", [POOL, LORAS, replace(POOL, key_weight=0.25, similarity="mean", query="cls")])
+@pytest.mark.parametrize("pool", [POOL, LORAS, replace(POOL, key_weight=0.25, similarity="mean", query="cls"), SPREAD])
 def test_an_attachment_comes_back_from_its_table(pool: InstancePool) -> None:
     assert attachments.from_table(json.loads(json.dumps(attachments.to_table(pool)))) == pool
 
@@ -241,13 +243,55 @@ def test_the_query_is_the_frozen_models_whatever_the_pool_and_dropout_are() -> N
     bare = {name: tensor for name, tensor in batch.items() if name != "labels"}
     model.load(tiny.task(model, {}, []))
     model.base.eval()
-    expected = model._query(bare, "mean")
+    expected = model._query(bare, "mean", 0)
     model.load(task(model, POOL))
     model.train(model.plan.trainable, frozen_dropout=True)  # type: ignore[union-attr]
     model._attached._weights = None  # type: ignore[union-attr]
     training = [module.training for module in model.base.modules()]
-    assert torch.equal(model._query(bare, "mean"), expected)
+    assert torch.equal(model._query(bare, "mean", 0), expected)
     assert [module.training for module in model.base.modules()] == training
+
+
+@pytest.mark.parametrize("depth", [1, 5, 12])
+def test_a_query_from_lower_blocks_is_what_they_give(depth: int) -> None:
+    model, batch = tiny.shared("bert"), tiny.batch("bert")
+    bare = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    model.load(task(model, POOL))
+    model._attached._weights = None  # type: ignore[union-attr]
+    model.base.eval()
+    with torch.no_grad():
+        states = model.base.base_model(**bare, output_hidden_states=True).hidden_states  # type: ignore[operator]
+    assert torch.equal(model._query(bare, "cls", depth), states[depth][:, 0])
+    assert len(model.blocks) == 12
+
+
+def weights_of(model: AdaptedModel, batch: Any, *, learns: bool) -> torch.Tensor:
+    """(examples, N) as the model mixes the sets."""
+    with torch.set_grad_enabled(learns):
+        model.logits({name: tensor for name, tensor in batch.items() if name != "labels"})
+    weights = model._attached._weights  # type: ignore[union-attr]
+    assert weights is not None
+    return weights
+
+
+def test_in_training_a_key_is_held_against_its_own_mean_so_that_none_stays_unused() -> None:
+    model, batch = tiny.build("bert", dropout=0.0), tiny.batch("bert", 8)
+    bare = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    pool = replace(SPREAD, size=4, top_k=1)
+    made = task(model, pool)
+    model.load(made)
+    model._attached.forget()  # type: ignore[union-attr]
+    query = torch.nn.functional.normalize(model._query(bare, "mean", 2), dim=1)
+    keys = torch.nn.functional.normalize(made.tensors[KEYS], dim=1)
+    cosines = query @ keys.T
+    nearest = torch.eye(4)[cosines.argmax(dim=1)]
+    furthest_above = torch.eye(4)[(cosines - cosines.mean(dim=0)).argmax(dim=1)]
+    assert int(nearest.any(dim=0).sum()) < int(furthest_above.any(dim=0).sum())
+    model.train(made.plan.trainable, frozen_dropout=True)
+    assert torch.equal(weights_of(model, batch, learns=True), furthest_above)
+    assert torch.equal(weights_of(model, batch, learns=False), nearest)
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    assert torch.equal(weights_of(model, one, learns=True), nearest[:1])
 
 
 def test_a_column_that_only_an_attachment_would_read_does_not_reach_the_base_model() -> None:
@@ -288,13 +332,14 @@ def test_remembered_queries_do_not_show_in_what_is_learnt() -> None:
     assert (again.prefix_cache.hits, again.prefix_cache.misses) == (8, 8)  # the second epoch asks for nothing new
 
 
-def test_blocks_below_the_lowest_hooked_one_are_remembered_and_no_others() -> None:
+@pytest.mark.parametrize("pool", [POOL, SPREAD], ids=["last", "lower"])
+def test_blocks_below_the_lowest_hooked_one_are_remembered_and_no_others(pool: InstancePool) -> None:
     upper = tuple(f"{block}.output.dense" for block in (10, 11))
     model = tiny.build("bert", dropout=0.0, target_modules=upper)
     assert min(model.spec.block_of.values()) == 10
-    plain, _ = fitted(model, task(model, POOL, first=11), local_epochs=2)
+    plain, _ = fitted(model, task(model, pool, first=11), local_epochs=2)
     again = tiny.build("bert", dropout=0.0, target_modules=upper)
-    cached, _ = fitted(again, task(again, POOL, first=11), local_epochs=2, cache_bytes=2**22)
+    cached, _ = fitted(again, task(again, pool, first=11), local_epochs=2, cache_bytes=2**22)
     assert again._prefix is not None
     assert len(again._prefix.rest) == 12
     assert sum(type(block).__name__ in ("_PassesOn", "_Gives") for block in again._prefix.rest) == 10
@@ -324,7 +369,9 @@ def upper() -> AdaptedModel:
     return tiny.build("dinov2", target_modules=UPPER)
 
 
-@pytest.mark.parametrize(("pool", "checkpointing"), [(POOL, False), (LORAS, True)], ids=["ssf", "lora"])
+@pytest.mark.parametrize(
+    ("pool", "checkpointing"), [(POOL, False), (LORAS, True), (SPREAD, False)], ids=["ssf", "lora", "spread"]
+)
 def test_the_predicted_peak_is_the_measured_one_to_the_byte(pool: InstancePool, checkpointing: bool) -> None:
     model, profile = upper(), MemoryProfile.from_json(traced(pool, checkpointing).to_json())
     assert len(profile.plans) == 4

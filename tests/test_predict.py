@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fedpilot as package
 from fedpilot import Predictor, attachments, data, jobs, lora
-from fedpilot.attachments import InstancePool
+from fedpilot.attachments import InstancePool, Pooling
 from fedpilot.config.recipe import load_recipe
 from fedpilot.errors import ConfigError, DataError, ModelError, RecordError
 from fedpilot.model import AdaptedModel, build_model
@@ -231,12 +231,15 @@ assert "fedpilot" not in sys.modules and "peft" not in sys.modules
 """
 
 
-@pytest.mark.parametrize(("family", "pool"), [("dinov2", "ssf"), ("bert", "lora")])
+@pytest.mark.parametrize(
+    ("family", "pool", "query_blocks"), [("dinov2", "ssf", 0), ("bert", "lora", 0), ("dinov2", "ssf", 1)]
+)
 def test_an_exported_pool_gives_the_same_logits_in_a_process_without_fedpilot(
-    tmp_path: Path, family: str, pool: Any
+    tmp_path: Path, family: str, pool: Any, query_blocks: int
 ) -> None:
     model = tiny.shared(family)
-    chosen = InstancePool(6, 2, pool=pool, rank=3, query="mean" if family == "bert" else "cls")
+    query: Pooling = "mean" if family == "bert" else "cls"
+    chosen = InstancePool(6, 2, pool=pool, rank=3, query=query, query_blocks=query_blocks)
     start = attachments.init(model.spec, chosen, np.random.default_rng(0))
     generator = torch.Generator().manual_seed(0)
     values = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()}

@@ -95,7 +95,7 @@ def attached_loss(net: Net, attached: Attached | None, x: torch.Tensor, y: torch
     if attached is None:
         return nn.functional.cross_entropy(net(x), y)
 
-    def query(pooling: str) -> torch.Tensor:
+    def query(pooling: str, blocks: int) -> torch.Tensor:
         with torch.no_grad():
             return net.features(x)
 

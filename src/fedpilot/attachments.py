@@ -38,8 +38,12 @@ class InstancePool:
         top_k: k, sets that an example is run with.
         pool: ``ssf`` scales and shifts outputs, γ ⊙ y + β; ``lora`` adds low-rank pairs.
         rank: Of each pair of a pool of LoRAs.
-        query: What is held against the keys, of the frozen base's last hidden states: ``cls`` the first position's,
+        query: What is held against the keys, of the frozen base's hidden states: ``cls`` the first position's,
             ``mean`` their mean without padding.
+        query_blocks: After how many blocks these states are taken; 0 for all.
+        choice: In training; ``nearest`` takes the k keys with the largest cosines, ``spread`` those whose cosines are
+            furthest above the key's own mean over the batch, so that every key finds examples. Predictions are always
+            made with the nearest.
         key_weight: λ; the loss is (1 - λ) cross-entropy + λ (1 - similarity).
         similarity: Of the chosen keys, ``sum`` or ``mean`` of their cosines.
 
@@ -54,6 +58,8 @@ class InstancePool:
     query: Pooling = "cls"
     key_weight: float = 0.1
     similarity: Literal["sum", "mean"] = "sum"
+    query_blocks: int = 0
+    choice: Literal["nearest", "spread"] = "nearest"
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.size:
@@ -62,6 +68,8 @@ class InstancePool:
             raise PlanError(f"rank must be at least 1, got {self.rank}; 8 is usual")
         if not 0 <= self.key_weight < 1:
             raise PlanError(f"key_weight must be in [0, 1), got {self.key_weight}; 0.1 is usual")
+        if self.query_blocks < 0:
+            raise PlanError(f"query_blocks must be at least 0, got {self.query_blocks}; 0 stands for all blocks")
 
     @property
     def columns(self) -> Mapping[str, tuple[int, ...]]:

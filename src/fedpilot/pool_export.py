@@ -55,6 +55,8 @@ def export_pool(
         "size": pool.size,
         "top_k": pool.top_k,
         "query": pool.query,
+        "query_blocks": pool.query_blocks,
+        "blocks": adapted.block_path,
         "scale": spec.scale,
         "modules": list(spec.modules),
         "classifier": last_layer(spec),

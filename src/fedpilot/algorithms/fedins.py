@@ -5,7 +5,8 @@ Feng et al., "Towards Instance-adaptive Inference for Federated Learning", 2023,
 Differs from the paper: adapters stand at the outputs of the adapted modules (``model.target_modules``), which are
 linear layers, and not at norms and patches; a batch may hold more than one example; under a memory budget a client
 trains the sets of the deepest blocks that fit, and holds the others frozen at their global values; weights that the
-classifier has below its last layer are trained and averaged once, not N times; a pool of LoRAs is ours.
+classifier has below its last layer are trained and averaged once, not N times; a pool of LoRAs, a query from lower
+blocks and a choice that spreads are ours.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,8 +50,11 @@ class FedIns:
         top_k: k, sets that an example is run with.
         pool: ``ssf`` of scales γ and shifts β, as the paper's; ``lora`` of low-rank pairs.
         rank: r of each pair of a pool of LoRAs.
-        query: Of the frozen model's last hidden states what is held against the keys κ: ``cls`` the first position's,
-            as the paper's; ``mean`` their mean, for texts.
+        query: Of the frozen model's hidden states what is held against the keys κ: ``cls`` the first position's, as
+            the paper's; ``mean`` their mean.
+        query_blocks: After how many blocks the query is taken; 0, as the paper's, after all.
+        choice: Of keys in training: ``nearest``, as the paper's; ``spread`` holds a cosine against the key's mean over
+            the batch, so that no key stays unused because it began far from all queries.
         lam: λ; the loss is (1 - λ) CE + λ (1 - Σ cos(q, κ)).
         similarity: ``sum`` over the k chosen keys, as the paper's code; ``mean`` of them.
         weights: ``uniform`` as the paper's code; ``examples`` weighs clients by n_k.
@@ -66,6 +70,8 @@ class FedIns:
     pool: Literal["ssf", "lora"] = "ssf"
     rank: int = 8
     query: Literal["cls", "mean"] = "cls"
+    query_blocks: int = 0
+    choice: Literal["nearest", "spread"] = "nearest"
     lam: float = 0.1
     similarity: Literal["sum", "mean"] = "sum"
     weights: Literal["uniform", "examples"] = "uniform"
@@ -78,7 +84,17 @@ class FedIns:
     @property
     def attachment(self) -> InstancePool:
         """The pool."""
-        return InstancePool(self.size, self.top_k, self.pool, self.rank, self.query, self.lam, self.similarity)
+        return InstancePool(
+            self.size,
+            self.top_k,
+            self.pool,
+            self.rank,
+            self.query,
+            self.lam,
+            self.similarity,
+            self.query_blocks,
+            self.choice,
+        )
 
     @property
     def step_kind(self) -> StepKind:
@@ -94,8 +110,13 @@ class FedIns:
         """γ ~ N(1, 0.02), β ~ N(0, 0.02), κ ~ N(0, 0.02); all clients share this draw, so that index i means one set.
 
         Raises:
-            PlanError: The model is no classifier.
+            PlanError: The model is no classifier, or has fewer blocks than the query asks for.
         """
+        if self.query_blocks > self.spec.num_blocks:
+            raise PlanError(
+                f"query_blocks must be at most {self.spec.num_blocks}, the model's blocks, got {self.query_blocks}; "
+                "0 stands for all of them"
+            )
         if not self.spec.head:
             raise PlanError(
                 "fedins must have a classifier, got a model without a head: a language model's query would see the "

@@ -72,6 +72,7 @@ class AdaptedModel:
         base: The transformers model. Its weights are frozen but for the head.
         facts: What was chosen while it was built, for the record.
         plan: The plan of the loaded task; ``None`` after `deploy`.
+        block_path: Name of the base model's list of blocks.
         accepted: Names that a batch may have for the base to read them.
         mode: Context in which its tensors can be computed with; not trivial for a model without storage.
     """
@@ -84,6 +85,7 @@ class AdaptedModel:
         self._blocks: list[nn.Module] = list(self._block_list)
         owner, _, self._block_attribute = path.rpartition(".")
         self._block_owner = self.base.get_submodule(owner)
+        self.block_path = path
         endings = settings.target_modules or _default_targets(self.base)
         modules, block_of = find_targets(self.base, endings, path)
         self.spec = ModelSpec(
@@ -407,17 +409,20 @@ class AdaptedModel:
         words = torch.full(hidden.shape[:2], word, dtype=torch.long, device=self.device)
         return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
-    def _query(self, inputs: Batch, pooling: Pooling) -> torch.Tensor:
-        """(examples, width) pooled last hidden states, dropout off, without a graph; remembered with prefixes."""
+    def _query(self, inputs: Batch, pooling: Pooling, depth: int) -> torch.Tensor:
+        """(examples, width) pooled hidden states, dropout off, without a graph; remembered with prefixes."""
 
         def run(batch: Batch) -> torch.Tensor:
-            return pool_hidden(self._hidden(batch), batch.get("attention_mask"), pooling)
+            return pool_hidden(self._hidden(batch, depth), batch.get("attention_mask"), pooling)
 
-        return by_example(self._cache, f"query {pooling} {self._base_number}".encode(), inputs, run)
+        return by_example(self._cache, f"query {pooling} {depth} {self._base_number}".encode(), inputs, run)
 
-    def _hidden(self, inputs: Batch) -> torch.Tensor:
-        """(examples, length, width) last hidden states."""
+    def _hidden(self, inputs: Batch, depth: int) -> torch.Tensor:
+        """(examples, length, width) hidden states after ``depth`` blocks (0: all), and the final norm if any."""
         backbone: Any = self.base.base_model
+        running = getattr(self._block_owner, self._block_attribute)
+        if depth:
+            setattr(self._block_owner, self._block_attribute, self._block_list[:depth])
         training_modules = [module for module in self.base.modules() if module.training]
         for module in training_modules:
             module.training = False
@@ -425,6 +430,7 @@ class AdaptedModel:
             with torch.no_grad(), self._first_position.off() if self._first_position else nullcontext():
                 hidden: torch.Tensor = backbone(**inputs, **self._inputs).last_hidden_state
         finally:
+            setattr(self._block_owner, self._block_attribute, running)
             for module in training_modules:
                 module.training = True
         return hidden

@@ -16,8 +16,9 @@ from fedpilot.errors import ModelError
 from fedpilot.training import Batch
 from fedpilot.types import Attachment, ModelSpec
 
-Query = Callable[[Pooling], torch.Tensor]
-"""The frozen base's last hidden states of the batch, without attachments, pooled: (examples, width) float32."""
+Query = Callable[[Pooling, int], torch.Tensor]
+"""Hidden states of the batch after so many blocks (0: all) of the frozen base, without attachments, pooled:
+(examples, width) float32."""
 
 
 class Attached:
@@ -110,17 +111,23 @@ class _Pool(Attached):
             self._hook(head, self._classify(head))
 
     def begin(self, inputs: Batch, side: Batch, query: Query) -> None:
-        """Chooses each example's sets. The query has no gradient; the chosen keys have."""
+        """Chooses each example's sets. The query has no gradient; the chosen keys have.
+
+        A batch of one has no mean to stand out from: it takes the nearest.
+        """
         self.forget()  # hooks are off for the query
         super().begin(inputs, side, query)
-        asked, keys = query(self._settings.query), self.parameters[KEYS]
+        asked, keys = query(self._settings.query, self._settings.query_blocks), self.parameters[KEYS]
+        learns = torch.is_grad_enabled() and keys.requires_grad
         with torch.autocast(self._device.type, enabled=False):
             cosines = F.normalize(asked, dim=1) @ F.normalize(keys, dim=1).T
-            chosen = cosines.topk(self._settings.top_k, dim=1)
-            share = 1 / self._settings.top_k
-            self._weights = torch.zeros_like(cosines).scatter(1, chosen.indices, share)
-        if torch.is_grad_enabled() and keys.requires_grad:
-            each = chosen.values.sum(dim=1) if self._settings.similarity == "sum" else chosen.values.mean(dim=1)
+            spread = learns and self._settings.choice == "spread" and len(cosines) > 1
+            ranked = cosines.detach() - cosines.detach().mean(dim=0) if spread else cosines.detach()
+            chosen = ranked.topk(self._settings.top_k, dim=1).indices
+            self._weights = torch.zeros_like(cosines).scatter(1, chosen, 1 / self._settings.top_k)
+        if learns:
+            values = cosines.gather(1, chosen)
+            each = values.sum(dim=1) if self._settings.similarity == "sum" else values.mean(dim=1)
             self._similarity = each.mean()
 
     def loss(self, mean: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@
     logits = model(input_ids=..., attention_mask=...)
 
 Every example is run with the mean of the k sets of adapters whose keys are nearest, by cosine, to what the base model
-itself makes of it.
+itself, or its lower blocks, make of it.
 """
 
 import json
@@ -50,7 +50,7 @@ class PooledModel(nn.Module):
         """(examples, classes) logits of what the base model's tokenizer or image processor gives."""
         inputs = {**inputs, **self.facts["inputs"]}
         self.weights = None  # the query is the base model's own
-        hidden = self.base.base_model(**inputs).last_hidden_state.float()
+        hidden = self._hidden(inputs)
         query = hidden[:, 0]
         if self.facts["query"] == "mean":
             mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2])).to(hidden.device).unsqueeze(-1).float()
@@ -60,6 +60,19 @@ class PooledModel(nn.Module):
         self.weights = torch.zeros_like(cosines).scatter(1, cosines.topk(count, dim=1).indices, 1 / count)
         logits: torch.Tensor = self.base(**inputs).logits
         return logits
+
+    def _hidden(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(examples, length, width) of the base model after as many blocks as the query is taken at; 0 for all."""
+        owner, _, attribute = self.facts["blocks"].rpartition(".")
+        holder = self.base.get_submodule(owner)
+        blocks = getattr(holder, attribute)
+        if self.facts["query_blocks"]:
+            setattr(holder, attribute, blocks[: self.facts["query_blocks"]])
+        try:
+            hidden: torch.Tensor = self.base.base_model(**inputs).last_hidden_state.float()
+        finally:
+            setattr(holder, attribute, blocks)
+        return hidden
 
     def _tensor(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return self.pool[name].to(like.device, like.dtype)
