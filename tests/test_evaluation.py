@@ -1,8 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from fedpilot import attachments
+from fedpilot.attachments import InstancePool
 from fedpilot.errors import DataError
 from fedpilot.evaluation import combined, evaluate, measure
 from fedpilot.types import Deployment
@@ -136,3 +139,24 @@ def test_batches_of_two_classes_that_are_dealt_out_give_the_same_area_under_the_
 def test_an_example_whose_target_is_no_answer_is_refused() -> None:
     with pytest.raises(DataError, match="must be one of the answers"):
         evaluate(tiny.shared("llama"), deployment("llama"), yes_no(3), answers=(7, 11))
+
+
+def test_how_many_sets_of_a_pool_are_in_use_is_the_entropy_of_the_choice() -> None:
+    adapted, examples = tiny.build("dinov2"), tiny.examples("dinov2", 10)
+    pool = InstancePool(6, 2)
+    start = attachments.init(adapted.spec, pool, np.random.default_rng(0))
+    metrics = evaluate(adapted, Deployment(start, attachment=pool), examples, groups=["a", "b"] * 5, batch_size=3)
+    for name, rows in {"": range(10), "/a": range(0, 10, 2), "/b": range(1, 10, 2)}.items():
+        counts = torch.zeros(6)
+        for row in rows:
+            tiny.logits(adapted, next(examples.subset([row]).batches(1)))
+            counts += adapted.sets_used()
+        shares = counts[counts > 0] / counts.sum()
+        assert metrics[f"sets_in_use{name}"] == pytest.approx(
+            float(torch.exp(-(shares * shares.log()).sum())), rel=1e-5
+        )
+    assert 2 <= metrics["sets_in_use"] < 6
+
+
+def test_without_a_pool_no_sets_are_counted() -> None:
+    assert "sets_in_use" not in evaluate(tiny.shared("bert"), deployment("bert"), tiny.examples("bert", 4))

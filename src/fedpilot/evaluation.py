@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
@@ -45,6 +46,7 @@ class Measured:
         group: Name of the group that the batch belongs to; ``None`` where there are none.
         totals: The sums.
         scores: Of two classes, the predicted share of class 1 for each example, and its class; empty of more classes.
+        uses: Examples by the set of a pool that they were run with; empty without a pool.
         task: What was measured, where that is not the model's own task: a language model that chooses among answers is
             a classifier.
     """
@@ -54,6 +56,7 @@ class Measured:
     totals: Totals
     scores: tuple[tuple[float, int], ...] = ()
     task: str | None = None
+    uses: tuple[float, ...] = ()
 
 
 def evaluate(
@@ -68,7 +71,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy and loss, or loss and perplexity of a language model; exact means over examples, or over words.
 
-    Of two classes also ``auc``, the area under the ROC curve; NaN where the examples have one class only.
+    Of two classes also ``auc``, the area under the ROC curve; NaN where the examples have one class only. Of a pool
+    also ``sets_in_use``, exp of the entropy of how examples spread over its sets: 1 where all choose the same one, N
+    where they spread evenly over N.
 
     Args:
         adapted: The model; it holds the deployment afterwards.
@@ -124,16 +129,28 @@ def combined(task: str, measured: Iterable[Measured]) -> dict[str, float]:
     """The metrics of `evaluate` from all of its batches, in whatever order: the same to the bit."""
     by_group: dict[str | None, Totals] = {}
     scores: dict[str | None, list[tuple[float, int]]] = {}
+    uses: dict[str | None, np.ndarray] = {}
     for batch in sorted(measured, key=lambda batch: batch.number):
         by_group[batch.group] = by_group.get(batch.group, Totals()) + batch.totals
         scores.setdefault(batch.group, []).extend(batch.scores)
+        uses[batch.group] = uses.get(batch.group, 0) + np.array(batch.uses)
         task = batch.task or task
     metrics: dict[str, float] = {}
     for group, totals in by_group.items():
         if group is not None:
-            metrics |= totals.metrics(task, f"/{group}") | _auc(scores[group], f"/{group}")
+            suffix = f"/{group}"
+            metrics |= totals.metrics(task, suffix) | _auc(scores[group], suffix) | _sets_in_use(uses[group], suffix)
     overall = _auc([score for of_group in scores.values() for score in of_group], "")
+    overall |= _sets_in_use(sum(uses.values(), np.zeros(())), "")
     return sum(by_group.values(), Totals()).metrics(task, "") | overall | metrics
+
+
+def _sets_in_use(uses: np.ndarray, suffix: str) -> dict[str, float]:
+    """exp of the entropy of a choice's shares; nothing where there was none."""
+    if not uses.size or not uses.sum():
+        return {}
+    shares = uses[uses > 0] / uses.sum()
+    return {f"sets_in_use{suffix}": float(np.exp(-(shares * np.log(shares)).sum()))}
 
 
 def _auc(scores: Sequence[tuple[float, int]], suffix: str) -> dict[str, float]:
@@ -180,7 +197,8 @@ def _measured(
     if logits.shape[-1] == 2:
         shares = logits.float().softmax(dim=-1)[:, 1].tolist()
         scores = tuple(zip(shares, labels.tolist(), strict=True))
-    return Measured(number, group, totals, scores, task)
+    uses = adapted.sets_used()
+    return Measured(number, group, totals, scores, task, () if uses is None else tuple(uses.tolist()))
 
 
 def choice(logits: torch.Tensor, labels: torch.Tensor, answers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -382,6 +382,10 @@ class AdaptedModel:
             logits: torch.Tensor = self.base(**own, **self._inputs).logits
         return logits
 
+    def sets_used(self) -> torch.Tensor | None:
+        """(N,) examples of the last forward pass by the set that they were run with; ``None`` without a pool."""
+        return None if self._attached is None else self._attached.uses()
+
     def logits_from(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
         """Logits of given states in place of what the blocks below give; every position counts.
 

@@ -80,6 +80,10 @@ class Attached:
         """Parameters, and what stands from one batch to the next."""
         return list(self.parameters.values())
 
+    def uses(self) -> torch.Tensor | None:
+        """(N,) examples of the last batch by the set that they were run with; ``None`` where there is no choice."""
+        return None
+
     def forget(self) -> None:
         """Lets go of what stands from the last batch."""
 
@@ -137,6 +141,10 @@ class _Pool(Attached):
         weight, similarity = self._settings.key_weight, self._similarity
         self._similarity = None  # else its graph outlives the backward pass
         return (1 - weight) * mean + weight * (1 - similarity)
+
+    def uses(self) -> torch.Tensor | None:
+        """An example that is run with k sets counts 1 / k for each."""
+        return None if self._weights is None else self._weights.sum(dim=0)
 
     def forget(self) -> None:
         """No example has chosen."""
