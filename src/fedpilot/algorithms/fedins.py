@@ -85,15 +85,15 @@ class FedIns:
     def attachment(self) -> InstancePool:
         """The pool."""
         return InstancePool(
-            self.size,
-            self.top_k,
-            self.pool,
-            self.rank,
-            self.query,
-            self.lam,
-            self.similarity,
-            self.query_blocks,
-            self.choice,
+            size=self.size,
+            top_k=self.top_k,
+            pool=self.pool,
+            rank=self.rank,
+            query=self.query,
+            query_blocks=self.query_blocks,
+            choice=self.choice,
+            key_weight=self.lam,
+            similarity=self.similarity,
         )
 
     @property
