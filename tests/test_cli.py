@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from fedpilot import cli, display, jobs, memory, planning, progress, tensors
+from fedpilot import __version__, cli, display, jobs, memory, planning, progress, tensors
 from fedpilot.cli import app
 from fedpilot.cli.base import importing
 from fedpilot.commands import plan as planned
@@ -687,6 +687,11 @@ def test_numbers_that_json_lacks_become_null(capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out) == {"loss": None, "where": "a", "all": [1, None]}
 
 
+def test_the_command_says_its_version() -> None:
+    result = fedpilot("--version")
+    assert (result.exit_code, result.output) == (0, f"fedpilot {__version__}\n")
+
+
 # --- recipes and init ---------------------------------------------------------------------------------------------
 
 
@@ -698,6 +703,8 @@ def test_the_shipped_recipes_are_listed_with_what_they_show() -> None:
     assert set(listed) == {path.stem for path in root.glob("*.toml")}
     assert all(one["shows"] and one["command"].startswith("fedpilot ") for one in listed.values())
     assert listed["tiny"]["takes"] == "half a minute"
+    assert listed["fedaf_text"]["takes"] == "minutes on one core"  # and not a sentence on "the second block"
+    assert not any("Takes" in one["shows"] for one in listed.values())
     assert "quickstart" in fedpilot("recipes").output
 
 

@@ -25,6 +25,7 @@ def test_a_shipped_recipe_loads_and_opens_with_its_command_and_expected_figure(r
     assert settings.run.name.replace("-", "_") == recipe.stem
     command = "compare" if recipe.stem.startswith("study_") else "(run|compare)"
     assert re.match(rf"fedpilot {command} recipes/{re.escape(recipe.name)}\b", command_of(recipe))
+    assert re.search(r"^# Takes: .*(second|minute|hour|not measured yet)", recipe.read_text(), re.MULTILINE)
     assert re.search(r"^# Expected: ", recipe.read_text(), re.MULTILINE)
 
 

@@ -61,6 +61,24 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    """Prints the version and ends the command."""
+    if asked:
+        from fedpilot import __version__
+
+        click.echo(f"fedpilot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Shows the version and ends.")
+    ] = False,
+) -> None:
+    """Options of the command itself; its help is the application's."""
+
+
 def examples(*commands: str) -> str:
     """The end of a command's help: commands that can be typed as they stand."""
     return "\n\n".join(("[bold]Examples[/]", *commands))

@@ -22,7 +22,7 @@ class Shipped:
         path: The file.
         command: What runs it.
         shows: What it is about, in words.
-        takes: How long it takes, as far as it says.
+        takes: How long it takes, in words.
     """
 
     name: str
@@ -51,7 +51,7 @@ def shipped() -> list[Shipped]:
 
 
 def _read(path: Path) -> Shipped:
-    """The recipe by the comment that it begins with: a command, what it shows, what to expect."""
+    """The recipe by the comment that it begins with: a command, what it shows, how long it takes, what to expect."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -59,12 +59,9 @@ def _read(path: Path) -> Shipped:
         lines.append(line.removeprefix("#").strip())
     command, *rest = lines
     paragraphs = [" ".join(part.split()) for part in "\n".join(rest).split("\n\n") if part.strip()]
-    told = [part for part in paragraphs if not part.startswith(("Expected:", "fedpilot "))]
-    sentences = [s for part in paragraphs for s in re.split(r"(?<=[.;]) ", part)]
-    times = [s for s in sentences if re.search(r"\b(second|minute|hour)s?\b", s, re.IGNORECASE) and "fetched" not in s]
-    times = [s for s in times if "trains nothing" not in s]
-    takes = times[0].removeprefix("Expected: ").rstrip(".;") if times else "not measured"
-    return Shipped(path.stem, path, command, told[0] if told else "", takes)
+    told = [part for part in paragraphs if not part.startswith(("Takes:", "Expected:", "fedpilot "))]
+    takes = next(part.removeprefix("Takes: ").rstrip(".") for part in paragraphs if part.startswith("Takes:"))
+    return Shipped(path.stem, path, command, told[0], takes)
 
 
 def list_recipes(say: Callable[[object], None] | None) -> None:
