@@ -132,7 +132,7 @@ def test_last_hidden_states_are_there_at_every_position_for_whoever_pools_them()
     for adapted in both("bert"):
         adapted.load(random_task(adapted))
         adapted.base.eval()
-        hidden = adapted._hidden(inputs)
+        hidden = adapted._hidden(inputs, 0)
         assert hidden.shape[:2] == inputs["input_ids"].shape
         pooled.append(pool_hidden(hidden, inputs["attention_mask"], "mean"))
     assert torch.equal(*pooled)
