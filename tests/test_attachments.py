@@ -243,12 +243,12 @@ def test_the_query_is_the_frozen_models_whatever_the_pool_and_dropout_are() -> N
     bare = {name: tensor for name, tensor in batch.items() if name != "labels"}
     model.load(tiny.task(model, {}, []))
     model.base.eval()
-    expected = model._query(bare, "mean", 0)
+    expected = model.query(bare, "mean", 0)
     model.load(task(model, POOL))
     model.train(model.plan.trainable, frozen_dropout=True)  # type: ignore[union-attr]
     model._attached._weights = None  # type: ignore[union-attr]
     training = [module.training for module in model.base.modules()]
-    assert torch.equal(model._query(bare, "mean", 0), expected)
+    assert torch.equal(model.query(bare, "mean", 0), expected)
     assert [module.training for module in model.base.modules()] == training
 
 
@@ -261,7 +261,7 @@ def test_a_query_from_lower_blocks_is_what_they_give(depth: int) -> None:
     model.base.eval()
     with torch.no_grad():
         states = model.base.base_model(**bare, output_hidden_states=True).hidden_states  # type: ignore[operator]
-    assert torch.equal(model._query(bare, "cls", depth), states[depth][:, 0])
+    assert torch.equal(model.query(bare, "cls", depth), states[depth][:, 0])
     assert len(model.blocks) == 12
 
 
@@ -281,7 +281,7 @@ def test_in_training_a_key_is_held_against_its_own_mean_so_that_none_stays_unuse
     made = task(model, pool)
     model.load(made)
     model._attached.forget()  # type: ignore[union-attr]
-    query = torch.nn.functional.normalize(model._query(bare, "mean", 2), dim=1)
+    query = torch.nn.functional.normalize(model.query(bare, "mean", 2), dim=1)
     keys = torch.nn.functional.normalize(made.tensors[KEYS], dim=1)
     cosines = query @ keys.T
     nearest = torch.eye(4)[cosines.argmax(dim=1)]

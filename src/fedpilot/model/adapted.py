@@ -378,7 +378,7 @@ class AdaptedModel:
         with training.arithmetic(self.settings.dtype, self.device.type):
             if self._attached is not None:
                 side = {name: tensor for name, tensor in inputs.items() if name not in own}
-                self._attached.begin(own, side, partial(self._query, own))
+                self._attached.begin(own, side, partial(self.query, own))
             logits: torch.Tensor = self.base(**own, **self._inputs).logits
         return logits
 
@@ -413,8 +413,11 @@ class AdaptedModel:
         words = torch.full(hidden.shape[:2], word, dtype=torch.long, device=self.device)
         return {"input_ids": words, "attention_mask": torch.ones_like(words)}
 
-    def _query(self, inputs: Batch, pooling: Pooling, depth: int) -> torch.Tensor:
-        """(examples, width) pooled hidden states, dropout off, without a graph; remembered with prefixes."""
+    def query(self, inputs: Batch, pooling: Pooling, depth: int) -> torch.Tensor:
+        """(examples, width) pooled hidden states after ``depth`` blocks (0: all); remembered with prefixes.
+
+        Dropout is off and there is no graph. Hooks of an attachment must be off.
+        """
 
         def run(batch: Batch) -> torch.Tensor:
             return pool_hidden(self._hidden(batch, depth), batch.get("attention_mask"), pooling)
