@@ -4,7 +4,7 @@
 
 The baseline (`flower_trainer/app.py`) runs as its own process in a Python that has flwr[simulation]; ``--python`` names
 it where that is not this one. Both engines run in turn, start-up included. Peak memory is the sum of the proportional
-set size over a command's processes, sampled every 0.2 s.
+set size over a command's processes, sampled every half second.
 """
 
 import argparse
@@ -60,6 +60,14 @@ def measured(command: list[str], environment: dict[str, str], accuracy_of: objec
     return Measured(wall, watch.cpu_s, watch.peak / 2**20, accuracy_of())  # type: ignore[operator]
 
 
+def proportional_bytes(pid: int) -> int:
+    """Its share of resident memory, as the kernel sums it up: going through its mappings here would cost a core."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(pid)
+
+
 class Watch:
     """Samples memory and CPU time of a process and all its descendants, those of other sessions included."""
 
@@ -68,6 +76,7 @@ class Watch:
         self._times: dict[tuple[int, float], float] = {}
         self._root = psutil.Process(pid)
         self._known: dict[int, psutil.Process] = {}
+        self._others = set(psutil.pids()) - {pid}  # daemons of the run before may still be there, with our mark
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -78,14 +87,14 @@ class Watch:
         self.cpu_s = sum(self._times.values())
 
     def _loop(self) -> None:
-        while not self._done.wait(0.2):
+        while not self._done.wait(0.5):
             total = 0
             for process in self._family():
                 try:
-                    total += process.memory_full_info().pss
+                    total += proportional_bytes(process.pid)
                     times = process.cpu_times()
                     self._times[process.pid, process.create_time()] = times.user + times.system
-                except psutil.Error:
+                except (psutil.Error, OSError):
                     continue
             self.peak = max(self.peak, total)
 
@@ -96,14 +105,15 @@ class Watch:
                 self._known.setdefault(child.pid, child)
         except psutil.Error:
             pass
-        for pid in psutil.pids():
-            if pid not in self._known:
-                try:
-                    process = psutil.Process(pid)
-                    if MARK in process.environ():
-                        self._known[pid] = process
-                except psutil.Error:
-                    continue
+        for pid in set(psutil.pids()) - self._known.keys() - self._others:
+            try:
+                process = psutil.Process(pid)
+                if MARK in process.environ():
+                    self._known[pid] = process
+                elif time.time() - process.create_time() > 2:  # a younger one may not have its environment yet
+                    self._others.add(pid)
+            except psutil.Error:
+                continue
         return [process for process in self._known.values() if process.is_running()]
 
 
