@@ -93,9 +93,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=6, help="After how many blocks the other query is taken.")
-    parser.add_argument(
-        "--regularisation", type=float, default=0.1, metavar="C", help="Inverse strength."
-    )
+    parser.add_argument("--regularisation", type=float, default=0.1, metavar="C", help="Inverse strength.")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
