@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 from fedpilot.errors import ConfigError
 
@@ -136,13 +136,14 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        mode: Any = os.environ.get("WANDB_MODE", "offline")  # wandb itself refuses what it does not know
         quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, save_code=False)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fedpilot"),
             name=place.path.name,
             id=place.run_id,
             dir=str(place.path),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             resume="allow",
             reinit="create_new",
             config=flat(place.config),
