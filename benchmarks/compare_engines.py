@@ -61,7 +61,7 @@ def measured(command: list[str], environment: dict[str, str], accuracy_of: objec
 
 
 def proportional_bytes(pid: int) -> int:
-    """Its share of resident memory, as the kernel sums it up: going through its mappings here would cost a core."""
+    """Its share of resident memory, as the kernel sums it up: going through its mappings here took half a core."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

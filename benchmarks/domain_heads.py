@@ -57,7 +57,7 @@ def accuracy(of_train: np.ndarray, of_test: np.ndarray, data: tuple[np.ndarray, 
 
 
 def measured(recipe_path: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Accuracies and purities by name, of one split of the data."""
+    """Accuracies and purities by name; the seed draws the clusters, and the examples stay the same."""
     recipe = load_recipe(recipe_path, [*options.overrides, f"run.seed={seed}"])
     people = load_population(recipe)
     settings = setup.model_settings(recipe, people)

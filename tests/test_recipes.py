@@ -75,9 +75,9 @@ def test_the_tiers_of_a_study_are_all_blocks_two_thirds_and_a_third(
     model = replace(recipe.model, source=assets.resolve(recipe.model.source))
     rows = profiles.profile(model, recipe.training, classes, None).by_block
     peaks, all_recomputed = [up for _, up, _ in rows], rows[0][2]
-    assert all_recomputed <= min(recipe.clients.memory)
     for budget, block in zip(recipe.clients.memory, lowest, strict=True):
-        assert peaks[block] <= budget < peaks[block] + 3 * 2**20  # one more block takes five to ten
+        needed = max(peaks[block], all_recomputed)
+        assert needed <= budget < needed + 2**20  # a tenth of a MiB would do; one less block would show
         assert block == 0 or budget < peaks[block - 1]
 
 

@@ -145,11 +145,11 @@ def watch_disk(before: Callable[[], None]) -> None:
 
 
 def name_phases(phase: mmap.mmap) -> None:
-    """Notes in shared memory what the run is doing and the how manieth such thing it is, for the driver's kills."""
+    """Notes in shared memory what the run is doing, and how many such things it has begun, up to what a byte holds."""
 
     def noted(method: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            phase[:16], phase[16] = name.encode().ljust(16), phase[16] + 1
+            phase[:16], phase[16] = name.encode().ljust(16), min(phase[16] + 1, 255)
             result = method(*args, **kwargs)
             phase[:16] = b"between".ljust(16)
             return result

@@ -125,8 +125,9 @@ class _Pool(Attached):
         learns = torch.is_grad_enabled() and keys.requires_grad
         with torch.autocast(self._device.type, enabled=False):
             cosines = F.normalize(asked, dim=1) @ F.normalize(keys, dim=1).T
-            spread = learns and self._settings.choice == "spread" and len(cosines) > 1
-            ranked = cosines.detach() - cosines.detach().mean(dim=0) if spread else cosines.detach()
+            ranked = cosines.detach()
+            if learns and self._settings.choice == "spread" and len(ranked) > 1:
+                ranked = ranked - ranked.mean(dim=0)
             chosen = ranked.topk(self._settings.top_k, dim=1).indices
             self._weights = torch.zeros_like(cosines).scatter(1, chosen, 1 / self._settings.top_k)
         if learns:
