@@ -319,6 +319,38 @@ def test_every_algorithm_runs_from_a_recipe_without_a_baseline(
     assert not (tmp_path / "run" / "baseline").exists()
 
 
+@pytest.mark.parametrize(("kind", "algorithm"), [("int8", "fed-pilot"), ("nf4", "flora")])
+def test_clients_train_within_their_budgets_beside_a_quantised_base(
+    toy: Toy, tmp_path: Path, kind: str, algorithm: str
+) -> None:
+    recipe = toy.folder / f"{kind}.toml"
+    head = toy.recipe.read_text().partition("[algorithm]")[0]
+    recipe.write_text(head + f'[algorithm]\nname = "{algorithm}"\n')
+    options = settings(model__quantisation=kind, run__rounds=2)
+    result = fedpilot("run", str(recipe), "--out", str(tmp_path / "run"), *options)
+    assert result.exit_code == 0, result.output
+    lines = RunDirectory.open(tmp_path / "run").lines()
+    carried = 4 * 6 * 24 * 24 if algorithm == "flora" else 0  # queries and values of three blocks, from round 2 on
+    spared: list[int] = []
+    for line in lines[1:]:
+        predicted = {plan["client_id"]: plan["peak_bytes"] for plan in line["plans"]}  # type: ignore[attr-defined]
+        for upload in line["uploads"]:  # type: ignore[attr-defined]
+            if "peak_bytes" in upload["metrics"]:  # measured once a kind of plan
+                spared.append(predicted[upload["client_id"]] - upload["metrics"]["peak_bytes"])
+    assert min(spared) == carried  # more where a batch is shorter than the longest
+    assert fedpilot("predict", str(tmp_path / "run"), "--text", "good").exit_code == 0
+
+
+def test_a_method_of_whole_weights_refuses_a_quantised_base_before_the_run(toy: Toy, tmp_path: Path) -> None:
+    recipe = toy.folder / "whole.toml"
+    recipe.write_text(toy.recipe.read_text().partition("[algorithm]")[0] + '[algorithm]\nname = "galore"\nrank = 2\n')
+    result = fedpilot("run", str(recipe), "--out", str(tmp_path / "run"), *settings(model__quantisation="int8"))
+    assert result.exit_code == 1
+    assert "must not be quantised" in result.output
+    assert "flora or xgblora" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_deadline_is_kept_with_the_speed_of_this_machine_on_record(toy: Toy, tmp_path: Path) -> None:
     path = tmp_path / "run"
     options = settings(clients__deadline_s=[60.0] * 3, run__rounds=1)

@@ -1,5 +1,6 @@
 """What fits which memory, for models without weights."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from fedpilot.commands.hardware import budgets_of, document
 from fedpilot.config import hardware, setup
 from fedpilot.config.hardware import Fit, Outlook, Planner, Precision, Step
 from fedpilot.errors import ConfigError
-from fedpilot.model import ModelSettings
+from fedpilot.model import ModelSettings, Quantisation, build_model
 from fedpilot.training import TrainingSettings
 from tests.test_cli import fedpilot
 
@@ -42,7 +43,7 @@ ASKED = Step(micro_batch=4, length=64, dtype="float32", rank=8, recompute=False)
 
 def test_two_passes_stand_for_all_but_for_a_number_that_each_holds(planner: Planner) -> None:
     small = replace(ASKED, micro_batch=1)
-    traced = setup.profile_of(planner.sketch(64, "float32"), TRAINING, checkpointing=True, micro_batches=(1,))
+    traced = setup.profile_of(planner.sketch(ASKED.sketched), TRAINING, checkpointing=True, micro_batches=(1,))
     for trained in (2, BLOCKS):
         plan = planning.train_blocks(planner.spec, 0, 8, range(BLOCKS - trained, BLOCKS))
         plan = replace(plan, micro_batch=1)
@@ -51,10 +52,12 @@ def test_two_passes_stand_for_all_but_for_a_number_that_each_holds(planner: Plan
         assert 0 <= memory.peak_bytes(traced, plan) - peak <= 8 * TRAINING.batch_size
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_prices_are_those_of_a_trace_of_all_that_a_plan_can_be(planner: Planner, dtype: Precision) -> None:
-    step = replace(ASKED, dtype=dtype)
-    traced = setup.profile_of(planner.sketch(64, dtype), TRAINING, checkpointing=True)
+@pytest.mark.parametrize(("dtype", "quantisation"), [("float32", None), ("bf16", None), ("float32", "nf4")])
+def test_prices_are_those_of_a_trace_of_all_that_a_plan_can_be(
+    planner: Planner, dtype: Precision, quantisation: Quantisation | None
+) -> None:
+    step = replace(ASKED, dtype=dtype, quantisation=quantisation)
+    traced = setup.profile_of(planner.sketch(step.sketched), TRAINING, checkpointing=True)
     for trained, recomputed, loaded in ((1, 0, None), (3, 1, None), (BLOCKS, BLOCKS, None), (2, 0, 2)):
         prices = {
             (memory.peak_bytes(traced, plan), memory.seconds(traced, plan, 1.0, 1))
@@ -70,7 +73,31 @@ def test_no_step_is_traced_whose_weights_alone_are_over_the_budget(
     monkeypatch.setattr(planner, "fit", lambda step, budget, change="": tried.append(step))
     monkeypatch.setattr(planner, "shallow", lambda step, budget, change: None)
     assert list(planner._changes(ASKED, 3 * planner.num_parameters)) == []
-    assert {step.dtype for step in tried} == {"bf16"}
+    kinds = {(step.dtype, step.quantisation) for step in tried}
+    assert kinds == {("bf16", None), ("float32", "nf4"), ("bf16", "nf4")}
+
+
+def test_nothing_helps_a_budget_below_the_weights_in_their_lightest_storage(planner: Planner) -> None:
+    for dtype, quantisation in itertools.product(("float32", "bf16"), (None, "int8", "nf4")):
+        step = replace(ASKED, dtype=dtype, quantisation=quantisation)
+        model = build_model(
+            replace(planner.settings, dtype=dtype, quantisation=quantisation), num_labels=2, device="fake"
+        )
+        frozen = sum(p.nbytes for p in model.base.parameters())
+        bound = planner._lightest(step, exactly=True)
+        assert 0.8 * frozen <= bound <= frozen
+        assert planner._lightest(step) <= bound
+
+
+def test_quantised_weights_come_after_bf16_and_before_a_lower_rank(planner: Planner) -> None:
+    steps = (replace(ASKED, dtype="bf16"), replace(ASKED, quantisation="int8"))
+    answer = planner.answer(ASKED, max(planner.price(step, 1)[0] for step in steps))
+    kinds = [fit.change for fit in answer.changes]
+    assert [kind for kind in kinds if "weights" in kind] == ["bf16 weights", "8-bit weights"]
+    assert planner._steps("quantisation", replace(ASKED, quantisation="int8")) == [
+        ("4-bit weights", replace(ASKED, quantisation="nf4"))
+    ]
+    assert planner._steps("quantisation", replace(ASKED, quantisation="nf4")) == []
 
 
 def test_a_budget_trains_as_many_blocks_as_fit_and_one_byte_less_trains_fewer(planner: Planner) -> None:
@@ -125,11 +152,11 @@ def test_where_the_weights_do_not_fit_a_model_of_some_blocks_is_all_that_helps(t
     ).save_pretrained(tmp_path)  # fmt: skip
     planner = Planner(ModelSettings(str(tmp_path), rank=2, max_length=16), replace(TRAINING, batch_size=2), 2)
     asked = Step(micro_batch=2, length=16, dtype="float32", rank=2, recompute=False)
-    light = replace(asked, dtype="bf16", micro_batch=1)
+    light = replace(asked, dtype="bf16", micro_batch=1, quantisation="nf4")
     small = planner.answer(asked, planner.price(light, 1, 0, 1)[0])
     assert small.budget_bytes < 2 * planner.num_parameters
     assert [(fit.loaded, fit.trained) for fit in small.changes] == [(1, 1)]
-    assert small.changes[0].change == "micro-batch 1 + bf16 weights + a model of some blocks (fedra)"
+    assert small.changes[0].change == ("micro-batch 1 + bf16 weights + 4-bit weights + a model of some blocks (fedra)")
     assert planner.answer(asked, 1000).changes == ()
 
 
@@ -221,7 +248,7 @@ def test_a_model_of_seven_billion_parameters_is_planned_from_its_shape(tmp_path:
     assert read["weight_bytes"] == pytest.approx(2 * 6_738_415_616, rel=1e-3)
     small, large = read["budgets"]
     assert small["left_out"]
-    assert all("fedra" in change["change"] for change in small["changes"])
+    assert [change["change"] for change in small["changes"]][-1].endswith("4-bit weights")
     assert not large["left_out"]
     assert large["fits"][-1]["trained"] == 32
 

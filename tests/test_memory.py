@@ -129,6 +129,7 @@ class Case:
     patterns: tuple[str, ...] = ("AB",)
     micro_batches: tuple[int, ...] = (4,)
     last_block: str = "whole"
+    quantisation: str | None = None
 
 
 CASES: Mapping[str, Case] = {
@@ -138,6 +139,8 @@ CASES: Mapping[str, Case] = {
     "clip": Case("sdpa", "float32", ("AB",), (4, 2)),
     "llama-classifier": Case("eager", "bf16"),
     "bert, first position": Case("sdpa", "float32", ("AB",), (4, 2), "first-position"),
+    "bert, int8": Case("sdpa", "bf16", quantisation="int8"),
+    "llama, nf4": Case("sdpa", "float32", ("AB", "B/AB"), (4, 2), quantisation="nf4"),
 }
 
 
@@ -149,7 +152,8 @@ def training_of(family: str, **changes: Any) -> TrainingSettings:
 @cache
 def model_of(family: str, device: str) -> AdaptedModel:
     case = CASES[family]
-    return tiny.build(family.partition(",")[0], device=device, attention=case.attention, last_block=case.last_block)
+    options = {"attention": case.attention, "last_block": case.last_block, "quantisation": case.quantisation}
+    return tiny.build(family.partition(",")[0], device=device, **options)
 
 
 @cache

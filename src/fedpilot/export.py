@@ -23,6 +23,11 @@ _PIPELINES = {
     "image-classification": ("image-classification", "AutoModelForImageClassification"),
     "causal-lm": ("text-generation", "AutoModelForCausalLM"),
 }
+_STORED: Mapping[str, tuple[str, str]] = {
+    "int8": ("load_in_8bit=True", "as it was trained, but that activations are rounded too"),
+    "nf4": ('load_in_4bit=True, bnb_4bit_quant_type="nf4"', "as it was trained"),
+}
+"""How transformers is told to store a base, and what that gives."""
 
 
 def export_peft(
@@ -141,6 +146,13 @@ def model_card(
 ) -> str:
     """Markdown with the metadata block that model hubs read; ``left_out`` as `folded` gives it."""
     pipeline, auto_class = _PIPELINES[adapted.task_type]
+    imported, option, beside = auto_class, "", ""
+    if (kind := adapted.settings.quantisation) is not None:
+        imported, option = f"{auto_class}, BitsAndBytesConfig", ", quantization_config=stored"
+        options, words = _STORED[kind]
+        if kind == "nf4" and adapted.settings.dtype == "bf16":
+            options += ', bnb_4bit_compute_dtype="bfloat16"'
+        beside = f"stored = BitsAndBytesConfig({options})  # {words}; without it the base is in full\n"
     labels = "" if adapted.task_type == "causal-lm" else f", num_labels={adapted.num_labels}"
     labels += "" if adapted.padding is None else f", pad_token_id={adapted.padding}"
     head = ", ".join(adapted.head_modules()) or "nothing"
@@ -163,9 +175,9 @@ Trained by fedpilot across clients that differ in memory; no client's data left 
 
 ```python
 from peft import PeftModel
-from transformers import {auto_class}
+from transformers import {imported}
 
-base = {auto_class}.from_pretrained("{base_model}"{labels})
+{beside}base = {auto_class}.from_pretrained("{base_model}"{labels}{option})
 model = PeftModel.from_pretrained(base, "<this folder>")
 ```
 

@@ -145,6 +145,9 @@ class BaseDelta:
     steps, in float32 and in their order, is added to the pristine weights: so whoever has the same version has the same
     bits, by whatever way it came there.
 
+    A method that makes steps has ``changes_base = True``: a weight that is stored in few bits has the sum beside it,
+    which its clients' budgets are charged with.
+
     Attributes:
         version: After the last step.
         snapshot: Sum of the first ``snapshot_version`` steps, dense.

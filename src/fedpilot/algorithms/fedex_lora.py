@@ -11,7 +11,7 @@ Reconstructed: ``assign = "keep"``, of which the paper gives the rule but not wh
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class FedExLoRA:
         weights: ``uniform`` as the paper; ``examples`` weighs clients by n_k.
         budget_bytes: Smallest budget of the population, for ``straggler``.
     """
+
+    changes_base: ClassVar[bool] = True
 
     spec: ModelSpec
     profile: MemoryProfile

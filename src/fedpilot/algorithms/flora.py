@@ -11,7 +11,7 @@ head, which the paper does not have, is averaged.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class FLoRA:
         r_max: Largest rank.
         weights: ``examples`` weighs clients by n_k as the paper does; ``uniform`` does not.
     """
+
+    changes_base: ClassVar[bool] = True
 
     spec: ModelSpec
     profile: MemoryProfile

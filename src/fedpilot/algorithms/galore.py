@@ -11,7 +11,7 @@ projected (there the optimiser gets no rank, so that it is plain AdamW); moments
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ class GaLore:
             ``exclusive`` leaves out whom it does not fit; ``suffix`` lets a client train the deepest blocks that fit.
         weights: ``uniform`` weighs clients alike as the paper does; ``examples`` weighs them by n_k.
     """
+
+    changes_base: ClassVar[bool] = True
 
     spec: ModelSpec
     profile: MemoryProfile

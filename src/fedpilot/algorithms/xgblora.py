@@ -11,7 +11,7 @@ distribution; the step α_t of a booster is 1; the head is averaged by examples.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class XGBLoRA:
             trains b alone beside one shared a, so that the mean of b is exact and of rank 1.
         weights: ``examples`` weighs clients by n_k; ``uniform`` does not.
     """
+
+    changes_base: ClassVar[bool] = True
 
     spec: ModelSpec
     profile: MemoryProfile

@@ -43,6 +43,9 @@ def plan(
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of an image's side.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of every pair.")] = 16,
     dtype: Annotated[Literal["float32", "bf16"], typer.Option(help="Of the frozen weights.")] = "float32",
+    quantisation: Annotated[
+        Literal["none", "int8", "nf4"], typer.Option(help="Of the blocks' frozen linear layers: 8 or 4 bits.")
+    ] = "none",
     optimiser: Annotated[Literal["adamw", "sgd", "momentum"], typer.Option(help="Optimiser.")] = "adamw",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute blocks from the start.")] = False,
     labels: Annotated[int, typer.Option(min=1, help="Classes.")] = 2,
@@ -56,8 +59,8 @@ def plan(
         raise click.UsageError("give a recipe or --model")
     if model is not None and overrides:
         raise click.UsageError("--set changes a recipe; with --model use the options")
-    own = ("task", "memory", "batch", "micro_batch", "length", "image_size", "rank", "dtype", "optimiser", "labels")
-    given = [name for name in (*own, "checkpointing", "speed") if _given(context, name)]
+    own = ("task", "memory", "batch", "micro_batch", "length", "image_size", "rank", "dtype", "quantisation")
+    given = [name for name in (*own, "optimiser", "labels", "checkpointing", "speed") if _given(context, name)]
     if recipe is not None and given:
         raise click.UsageError(
             f"--{given[0].replace('_', '-')} goes with --model; a recipe takes --set SECTION.KEY=VALUE"
@@ -77,7 +80,7 @@ def plan(
 
         sizes = {"rank": rank, "max_length": length, "image_size": image_size}
         hardware.plan(
-            {"source": model, "task": task, "dtype": dtype, **sizes},
+            {"source": model, "task": task, "dtype": dtype, "quantisation": quantisation, **sizes},
             {"batch_size": batch, "optimiser": optimiser, "autocast": dtype, "learning_rate": 1e-3},
             micro_batch,
             labels,

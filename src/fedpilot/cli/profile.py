@@ -38,6 +38,9 @@ def profile(
     optimiser: Annotated[Literal["adamw", "sgd", "momentum"], typer.Option(help="Optimiser.")] = "adamw",
     autocast: Annotated[Literal["float32", "bf16"], typer.Option(help="Arithmetic.")] = "float32",
     dtype: Annotated[Literal["float32", "bf16"], typer.Option(help="Of the frozen weights.")] = "float32",
+    quantisation: Annotated[
+        Literal["none", "int8", "nf4"], typer.Option(help="Of the blocks' frozen linear layers: 8 or 4 bits.")
+    ] = "none",
     labels: Annotated[int, typer.Option(min=1, help="Classes.")] = 2,
     json: Json = False,
 ) -> None:
@@ -55,7 +58,7 @@ def profile(
             return
         sizes = {"rank": rank, "max_length": length, "image_size": image_size}
         commands.profile_model(
-            {"source": model, "task": task, "dtype": dtype, **sizes},
+            {"source": model, "task": task, "dtype": dtype, "quantisation": quantisation, **sizes},
             {"batch_size": batch, "optimiser": optimiser, "autocast": autocast, "learning_rate": 1e-3},
             micro_batch,
             labels,

@@ -70,7 +70,9 @@ def plan(
     if say is not None:
         say(document(found, speed))
         return
-    console.print(f"{name}: {found.what}; {size(found.weight_bytes)} of weights in {found.step.dtype}", soft_wrap=True)
+    console.print(
+        f"{name}: {found.what}; {size(found.weight_bytes)} of weights in {found.step.precision}", soft_wrap=True
+    )
     console.print(f"a step: {_step_words(found, steps.batch_size)}, {steps.optimiser}", soft_wrap=True)
     console.print(_fits_table(found, speed) if found.answers else _ladder_table(found, speed))
     for answer in found.answers:
@@ -85,7 +87,7 @@ def plan(
 
 def _step_words(found: Outlook, batch: int) -> str:
     step = found.step
-    parts = [f"batch {batch}", f"{step.length} tokens", f"rank {step.rank}", step.dtype]
+    parts = [f"batch {batch}", f"{step.length} tokens", f"rank {step.rank}", step.precision]
     parts += [f"micro-batch {step.micro_batch}"] if step.micro_batch < batch else []
     return ", ".join([*parts, "blocks recomputed as needed"] if step.recompute else parts)
 

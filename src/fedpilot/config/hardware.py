@@ -2,8 +2,9 @@
 
 Every figure is the memory profile's of the very step that it names, traced without weights. A budget in which nothing
 fits is offered changes in this order, from the one that costs least: smaller forward passes (as many operations),
-recomputed blocks (the same gradients for more operations), frozen weights in bf16, a lower rank, shorter texts, and
-last a model of some of the blocks alone, as FedRA trains. Single changes are tried before they are put together.
+recomputed blocks (the same gradients for more operations), frozen weights in bf16, frozen weights of the blocks in 8 or
+4 bits, a lower rank, shorter texts, and last a model of some of the blocks alone, as FedRA trains. Single changes are
+tried before they are put together.
 """
 
 import itertools
@@ -19,11 +20,13 @@ from fedpilot import assets, lora, memory, planning
 from fedpilot.config import setup
 from fedpilot.errors import ConfigError, ModelError
 from fedpilot.memory import MemoryProfile
-from fedpilot.model import AdaptedModel, ModelSettings, build_model
+from fedpilot.model import AdaptedModel, ModelSettings, Quantisation, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import ModelSpec, Plan
 
 Precision: TypeAlias = Literal["float32", "bf16"]
+_Sketched: TypeAlias = tuple[int, Precision, Quantisation | None]
+"""Length, data type and storage of a model's weights."""
 
 _LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 SHAPES: Mapping[str, Mapping[str, object]] = {
@@ -96,6 +99,7 @@ class Step:
         dtype: Of the frozen weights.
         rank: Of every pair.
         recompute: Whether blocks may be recomputed.
+        quantisation: Of the blocks' linear layers.
     """
 
     micro_batch: int
@@ -103,6 +107,17 @@ class Step:
     dtype: Precision
     rank: int
     recompute: bool
+    quantisation: Quantisation | None = None
+
+    @property
+    def sketched(self) -> _Sketched:
+        """What the model without storage depends on."""
+        return self.length, self.dtype, self.quantisation
+
+    @property
+    def precision(self) -> str:
+        """Of the weights, in words."""
+        return self.dtype if self.quantisation is None else f"{self.quantisation}, the rest {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -197,37 +212,44 @@ class Planner:
         training: The step.
         num_labels: Classes; ``None`` for a language model.
         num_parameters: Of the model, before it is adapted.
+        num_quantisable: Of these, weights that can be quantised; 0 for a model whose layers cannot.
     """
 
     settings: ModelSettings
     training: TrainingSettings
     num_labels: int | None
-    _sketches: dict[tuple[int, Precision], AdaptedModel] = field(init=False, default_factory=dict)
-    _profiles: dict[tuple[int, Precision, int, bool], MemoryProfile] = field(init=False, default_factory=dict)
+    _sketches: dict[_Sketched, AdaptedModel] = field(init=False, default_factory=dict)
+    _profiles: dict[tuple[_Sketched, int, bool], MemoryProfile] = field(init=False, default_factory=dict)
     _prices: dict[tuple[Step, int, int, int | None], tuple[int, float]] = field(init=False, default_factory=dict)
     num_parameters: int = field(init=False)
+    num_quantisable: int = field(init=False)
 
     def __post_init__(self) -> None:
-        base = self.sketch(self.settings.max_length, self.settings.dtype).base
-        self.num_parameters = sum(parameter.numel() for parameter in base.parameters())  # traces take blocks away
+        self.num_parameters = self._own.num_parameters
+        self.num_quantisable = self._own.linear_weights  # now: traces add adapters
+
+    @property
+    def _own(self) -> AdaptedModel:
+        """The model as it was asked for."""
+        return self.sketch((self.settings.max_length, self.settings.dtype, self.settings.quantisation))
 
     @property
     def positions(self) -> int | None:
         """The longest input that the model can take; ``None`` where it does not say."""
-        base = self.sketch(self.settings.max_length, self.settings.dtype).base
+        base = self._own.base
         found = getattr(base.config, "max_position_embeddings", None)
         return found if isinstance(found, int) and self.settings.task != "image-classification" else None
 
     @property
     def spec(self) -> ModelSpec:
         """The model's adapted modules; they are the same for every step."""
-        return self.sketch(self.settings.max_length, self.settings.dtype).spec
+        return self._own.spec
 
-    def sketch(self, length: int, dtype: Precision) -> AdaptedModel:
+    def sketch(self, key: _Sketched) -> AdaptedModel:
         """The model without storage."""
-        key = (length, dtype)
         if key not in self._sketches:
-            settings = replace(self.settings, max_length=length, dtype=dtype)
+            length, dtype, quantisation = key
+            settings = replace(self.settings, max_length=length, dtype=dtype, quantisation=quantisation)
             self._sketches[key] = build_model(settings, num_labels=self.num_labels, device="fake")
         return self._sketches[key]
 
@@ -237,8 +259,8 @@ class Planner:
         Passes are alike from the second on, so two stand for all of a batch. What its inputs take is added; the few
         bytes of a number that each further pass may hold are not.
         """
-        key = (step.length, step.dtype, step.micro_batch, step.recompute)
-        more = (step.length, step.dtype, step.micro_batch, True)
+        key = (step.sketched, step.micro_batch, step.recompute)
+        more = (step.sketched, step.micro_batch, True)
         if more in self._profiles:
             return self._profiles[more]
         if key not in self._profiles:
@@ -246,12 +268,12 @@ class Planner:
             traced = min(batch, 2 * step.micro_batch)
             training = replace(self.training, batch_size=traced)
             found = setup.profile_of(
-                self.sketch(step.length, step.dtype),
+                self.sketch(step.sketched),
                 training,
                 checkpointing=step.recompute,
                 micro_batches=(step.micro_batch,),
                 suffixes=True,
-                checked=not any(known[:2] == key[:2] for known in self._profiles),
+                checked=not any(known[0] == key[0] for known in self._profiles),
             )
             self._profiles[key] = replace(found, batch=batch, batch_bytes=found.batch_bytes * batch // traced)
         return self._profiles[key]
@@ -368,11 +390,15 @@ class Planner:
 
     def _shallow_ones(self, step: Step, budget: int) -> Iterator[Fit]:
         """Models of some blocks that fit, with the whole batch at once and one example at a time."""
-        light = replace(step, dtype="bf16", recompute=False, rank=self.settings.rank, length=self.settings.max_length)
+        asked = self.settings
+        stored = "nf4" if self.num_quantisable else asked.quantisation
+        light = replace(step, dtype="bf16", quantisation=stored, recompute=False, rank=asked.rank)
+        light = replace(light, length=asked.max_length)
         for micro_batch in dict.fromkeys((self.training.batch_size, 1)):
             new = replace(light, micro_batch=micro_batch)
             words = [f"micro-batch {micro_batch}"] if micro_batch < self.training.batch_size else []
-            words += ["bf16 weights"] if self.settings.dtype != "bf16" else []
+            words += ["bf16 weights"] if asked.dtype != "bf16" else []
+            words += ["4-bit weights"] if asked.quantisation != stored else []
             found = self.shallow(new, budget, " + ".join([*words, "a model of some blocks (fedra)"]))
             if found is not None:
                 yield found
@@ -388,6 +414,11 @@ class Planner:
                 return [] if step.recompute else [("recomputing blocks", replace(step, recompute=True))]
             case "precision":
                 return [] if step.dtype == "bf16" else [("bf16 weights", replace(step, dtype="bf16"))]
+            case "quantisation":
+                if step.quantisation == "nf4" or not self.num_quantisable:
+                    return []
+                fewer = {"8-bit weights": replace(step, quantisation="int8")} if step.quantisation is None else {}
+                return [*fewer.items(), ("4-bit weights", replace(step, quantisation="nf4"))]
             case "rank":
                 return [(f"rank {rank}", replace(step, rank=rank)) for rank in lower_ranks(step.rank)]
             case _:
@@ -397,11 +428,15 @@ class Planner:
                 return [(f"{length} tokens", replace(step, length=length)) for length in lengths]
 
     def _lightest(self, step: Step, *, exactly: bool = False) -> int:
-        """Bytes of the weights alone: below these nothing helps; in the lightest data type unless as they are."""
-        return self.num_parameters * (2 if not exactly or step.dtype == "bf16" else 4)
+        """Bytes of the weights alone: below these nothing helps; in the lightest storage unless as they are."""
+        in_full = 2 if not exactly or step.dtype == "bf16" else 4
+        if not self.num_quantisable or (exactly and step.quantisation is None):
+            return self.num_parameters * in_full
+        linear = self.num_quantisable if exactly and step.quantisation == "int8" else self.num_quantisable // 2
+        return linear + (self.num_parameters - self.num_quantisable) * in_full
 
 
-_KINDS = ("micro-batch", "recompute", "precision", "rank", "length")
+_KINDS = ("micro-batch", "recompute", "precision", "quantisation", "rank", "length")
 
 
 def lower_ranks(rank: int) -> tuple[int, ...]:
@@ -438,9 +473,14 @@ def outlook(
     """
     planner = Planner(settings, training, num_labels)
     step = Step(
-        *(micro_batch or training.batch_size, settings.max_length, settings.dtype, settings.rank), recompute=recompute
+        micro_batch=micro_batch or training.batch_size,
+        length=settings.max_length,
+        dtype=settings.dtype,
+        quantisation=settings.quantisation,
+        rank=settings.rank,
+        recompute=recompute,
     )
-    sketch = planner.sketch(step.length, step.dtype)
+    sketch = planner.sketch(step.sketched)
     if planner.positions is not None and step.length > planner.positions:
         raise ModelError(f"--length must be at most the model's {planner.positions} positions, got {step.length}")
     count = planner.spec.num_blocks

@@ -121,14 +121,14 @@ def _peaks(traced: MemoryProfile, sketch: AdaptedModel, everything: Plan, block:
 
 
 def _words(sketch: AdaptedModel, settings: ModelSettings, training: TrainingSettings) -> str:
-    millions = sum(parameter.numel() for parameter in sketch.base.parameters()) / 1e6
+    millions = sketch.num_parameters / 1e6
     if settings.task == "image-classification":
         size = "images" if settings.image_size is None else f"images of {settings.image_size} x {settings.image_size}"
     else:
         size = f"{settings.max_length} tokens"
     return (
         f"{sketch.facts['model_type']}, {sketch.spec.num_blocks} blocks, {millions:,.1f} M parameters in "
-        f"{settings.dtype}; rank {settings.rank} on {len(sketch.spec.modules)} modules; batches of "
+        f"{settings.precision}; rank {settings.rank} on {len(sketch.spec.modules)} modules; batches of "
         f"{training.batch_size} x {size}, {training.optimiser}, {training.autocast}"
     )
 

@@ -231,7 +231,14 @@ class Experiment:
         """The memory of a step of the recipe's method, or of another one, on the clients' devices."""
         chosen = settings or self.recipe.algorithm
         traced = self.traces.of(self.kind(chosen), checkpointing=recomputes(chosen))
-        return traced.with_overhead((self.recipe.clients.overhead_bytes or 0) + self.recipe.training.cache_bytes)
+        besides = self.recipe.training.cache_bytes + self._carried_bytes(chosen)
+        return traced.with_overhead((self.recipe.clients.overhead_bytes or 0) + besides)
+
+    def _carried_bytes(self, settings: AlgorithmSettings) -> int:
+        """What a changed base takes where its weights are quantised: float32 beside them, from the second round on."""
+        if self.recipe.model.quantisation is None or not getattr(ALGORITHMS[settings.name], "changes_base", False):
+            return 0
+        return sum(4 * out_features * in_features for out_features, in_features in self.sketch.spec.modules.values())
 
     def algorithm(self, settings: AlgorithmSettings | None = None, *, dry: bool = False) -> Algorithm[Any]:
         """The recipe's method, or another one on the same model; a dry one plans without the weights."""

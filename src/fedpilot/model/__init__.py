@@ -4,12 +4,15 @@ from fedpilot.model.adapted import AdaptedModel, build_model, check_tensors, cro
 from fedpilot.model.batched import Stack, UnlikeError
 from fedpilot.model.inside import ModelLens, item_shape, program_of
 from fedpilot.model.loading import Device, ModelSettings, TaskType
+from fedpilot.model.quantised import Quantisation, QuantisedLinear
 
 __all__ = [
     "AdaptedModel",
     "Device",
     "ModelLens",
     "ModelSettings",
+    "Quantisation",
+    "QuantisedLinear",
     "Stack",
     "TaskType",
     "UnlikeError",

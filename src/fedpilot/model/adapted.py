@@ -43,6 +43,7 @@ from fedpilot.model.loading import (
     some,
 )
 from fedpilot.model.prefix import Prefix, PrefixCache, by_example, entered_at, key_of
+from fedpilot.model.quantised import QuantisedLinear
 from fedpilot.privacy import NoisySum
 from fedpilot.training import IGNORED, Batch, TrainingSettings
 from fedpilot.types import Attachment, BaseDelta, Deployment, ModelSpec, Plan, StepKind, Task, Tensors
@@ -100,6 +101,7 @@ class AdaptedModel:
         self._attachment: Attachment | None = None
         self._attached: Attached | None = None
         self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
+        self._quantised = {f"{n}.weight": m for n, m in self.base.named_modules() if isinstance(m, QuantisedLinear)}
         self._pristine: dict[str, torch.Tensor] = {}
         self._base: BaseDelta | None = None
         self._starts: dict[str, torch.Tensor] = {}  # first bits of the weights that are trained whole
@@ -165,6 +167,20 @@ class AdaptedModel:
     def blocks(self) -> list[nn.Module]:
         """Blocks that run, next to the input first."""
         return list(getattr(self._block_owner, self._block_attribute))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the base, each counted once, however few bits it is stored in."""
+        stored = {name: layer.in_features * layer.out_features for name, layer in self._quantised.items()}
+        return sum(stored.get(name, parameter.numel()) for name, parameter in self._parameters.items())
+
+    @property
+    def linear_weights(self) -> int:
+        """Numbers in the weights of the blocks' linear layers, before adapters; 0 where any layer is a Conv1D."""
+        modules = [module for block in self._blocks for module in block.modules()]
+        if any(isinstance(module, Conv1D) for module in modules):
+            return 0
+        return sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Live adapter and head parameters and weights that are trained whole, by global name."""
@@ -679,6 +695,8 @@ class AdaptedModel:
     def _change_base(self, base: BaseDelta) -> None:
         """Adds a change to frozen weights, from their first bits; whatever was added before is gone.
 
+        A quantised weight keeps its bits, and has the change beside it.
+
         The change that stands is recognised by the log's own objects: a run's clients share them within a round.
         """
         if self._base is not None and _same_log(self._base, base):
@@ -689,8 +707,11 @@ class AdaptedModel:
         self._base, self._base_number = base, self._base_number + 1
         for name, pristine in self._pristine.items():
             self._parameters[name].copy_(pristine)
-        self._pristine = {name: self._parameters[name].detach().clone() for name in delta}
-        for name, change in delta.items():
+        for name, layer in self._quantised.items():
+            layer.change = delta[name].to(self.device, torch.float32) if name in delta else None
+        whole = {name: change for name, change in delta.items() if name not in self._quantised}
+        self._pristine = {name: self._parameters[name].detach().clone() for name in whole}
+        for name, change in whole.items():
             change = change.T if name in self._transposed else change
             pristine = self._pristine[name]
             self._parameters[name].copy_(pristine.float() + change.to(pristine.device))
@@ -705,6 +726,12 @@ class AdaptedModel:
                 raise ModelError(
                     f"a weight that is trained whole must lie in a loaded block and have no pair, got {name}; "
                     "leave the module out of the plan's ranks"
+                )
+            if name in self._quantised:
+                kind = self._quantised[name].kind
+                raise ModelError(
+                    f"a weight that is trained whole must not be quantised, got {name} in {kind}; "
+                    "set model.quantisation = 'none', or choose a method that trains pairs, such as flora or xgblora"
                 )
             if self._parameters[name].dtype != torch.float32:
                 raise ModelError(
@@ -732,8 +759,10 @@ class AdaptedModel:
     def _check_change(self, name: str, change: torch.Tensor) -> None:
         if name not in self._parameters or name in self.spec.head:
             raise ModelError(f"a base delta must name a frozen weight, got {name}")
-        shape = self._parameters[name].shape
-        expected = tuple(reversed(shape)) if name in self._transposed else tuple(shape)
+        shape = tuple(self._parameters[name].shape)
+        if name in self._quantised:
+            shape = (self._quantised[name].out_features, self._quantised[name].in_features)
+        expected = tuple(reversed(shape)) if name in self._transposed else shape
         if tuple(change.shape) != expected:
             raise ModelError(f"base delta of {name} must have shape {expected}, got {tuple(change.shape)}")
 

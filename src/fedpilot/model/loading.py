@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedpilot.errors import ModelError
+from fedpilot.model.quantised import Quantisation, QuantisedLinear, quantise
 from fedpilot.types import Tensors
 
 TaskType: TypeAlias = Literal["sequence-classification", "image-classification", "causal-lm"]
@@ -65,6 +66,8 @@ class ModelSettings:
         attention: ``sdpa`` is fused and keeps no scores of long inputs; ``eager`` is faster for short ones in bf16 on
             a CPU, and as fast in float32.
         dtype: Of the frozen base. With ``bf16`` every forward pass runs under autocast; adapters stay float32.
+        quantisation: How the linear layers of the blocks are stored: ``int8`` or ``nf4`` (4 bits, with bitsandbytes);
+            what is computed stays in ``dtype``. ``None`` for no less than ``dtype``.
         last_block: ``first-position`` leaves out what the last block of a BERT-like classifier computes behind its
             attention at positions that the head does not read; predicted memory and operations know it.
     """
@@ -81,7 +84,13 @@ class ModelSettings:
     train_pooler: bool | None = None
     attention: Literal["sdpa", "eager"] = "sdpa"
     dtype: Literal["float32", "bf16"] = "float32"
+    quantisation: Quantisation | None = None
     last_block: Literal["whole", "first-position"] = "whole"
+
+    @property
+    def precision(self) -> str:
+        """Of the frozen weights, in words."""
+        return self.dtype if self.quantisation is None else f"{self.quantisation}, the rest {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def load_base(settings: ModelSettings, num_labels: int | None, device: Device, s
         if device in ("meta", "fake"):
             base = _without_storage(config, settings)
         else:
-            base, fresh = _with_weights(config, settings)
+            base, fresh = _with_weights(config, settings, device)
             base = base.to(device)
     if device == "fake":
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -129,6 +138,7 @@ def load_base(settings: ModelSettings, num_labels: int | None, device: Device, s
         "attention": settings.attention,
         "last_block": settings.last_block,
         "dtype": settings.dtype,
+        "quantisation": settings.quantisation or "none",
         "head": ", ".join(names),
         "newly_initialised": ", ".join(sorted(names if fresh is None else fresh)),
     }
@@ -196,8 +206,11 @@ def _unsuited(config: Any, settings: ModelSettings, error: Exception) -> ModelEr
 
 
 def _options(settings: ModelSettings) -> dict[str, object]:
-    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-    return {"dtype": dtype, "attn_implementation": settings.attention}
+    return {"dtype": _dtype(settings), "attn_implementation": settings.attention}
+
+
+def _dtype(settings: ModelSettings) -> torch.dtype:
+    return torch.bfloat16 if settings.dtype == "bf16" else torch.float32
 
 
 def _without_storage(config: Any, settings: ModelSettings) -> nn.Module:
@@ -206,6 +219,8 @@ def _without_storage(config: Any, settings: ModelSettings) -> nn.Module:
             base: nn.Module = _AUTO[settings.task].from_config(config, **_options(settings))
     except ValueError as error:
         raise _unsuited(config, settings, error) from error
+    if settings.quantisation is not None:
+        quantise(find_blocks(base)[0], settings.quantisation)
     return base
 
 
@@ -219,7 +234,8 @@ def _to_fake(base: nn.Module, mode: FakeTensorMode) -> None:
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            made[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+            weight = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if weight else empty
         return made[id(tensor)]
 
     with mode:
@@ -230,8 +246,11 @@ def _to_fake(base: nn.Module, mode: FakeTensorMode) -> None:
                 setattr(module, name, fake(buffer))
 
 
-def _with_weights(config: Any, settings: ModelSettings) -> tuple[nn.Module, frozenset[str]]:
+def _with_weights(config: Any, settings: ModelSettings, device: Device) -> tuple[nn.Module, frozenset[str]]:
     """The model and the names of its weights that the checkpoint does not hold in the right shape."""
+    options = _options(settings)
+    if settings.quantisation is not None:
+        options["dtype"] = "auto"  # as the file has it: weights stay in the file until they are quantised one by one
     with torch.random.fork_rng(devices=[]):  # what is missing is drawn here, and drawn again by `_head_values`
         try:
             base, info = _AUTO[settings.task].from_pretrained(
@@ -239,7 +258,7 @@ def _with_weights(config: Any, settings: ModelSettings) -> tuple[nn.Module, froz
                 config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **_options(settings),
+                **options,
             )
         except OSError as error:
             raise _unreachable(settings, error) from error
@@ -253,7 +272,18 @@ def _with_weights(config: Any, settings: ModelSettings) -> tuple[nn.Module, froz
             f"{some(sorted(fresh - allowed))}; use a checkpoint of the whole model, "
             "or set train_pooler if only the pooler is missing"
         )
+    if settings.quantisation is not None:
+        quantise(find_blocks(base)[0], settings.quantisation, device)
+        _cast_the_rest(base, _dtype(settings))
     return base, fresh
+
+
+def _cast_the_rest(base: nn.Module, dtype: torch.dtype) -> None:
+    """Gives all weights that are not quantised the dtype."""
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (isinstance(module, QuantisedLinear) and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _outside(base: nn.Module) -> frozenset[str]:
@@ -344,8 +374,10 @@ def find_targets(base: Any, endings: Sequence[str], prefix: str) -> tuple[dict[s
     block_of: dict[str, int] = {}
     for name, module in linear.items():
         if any(name.endswith(f".{ending}") for ending in endings):
-            rows, columns = module.weight.shape
-            modules[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+            if isinstance(module, nn.Linear):
+                modules[name] = (module.out_features, module.in_features)
+            else:
+                modules[name] = (module.weight.shape[1], module.weight.shape[0])
             block_of[name] = int(name.removeprefix(f"{prefix}.").split(".")[0])
     missing = [ending for ending in endings if not any(name.endswith(f".{ending}") for name in modules)]
     if missing or not modules:
