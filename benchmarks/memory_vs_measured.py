@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 from transformers.utils import logging
 
 from fedpilot import assets, lora, memory
-from fedpilot.model import AdaptedModel, ModelSettings, build_model
+from fedpilot.model import AdaptedModel, ModelSettings, Quantisation, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import ModelSpec, Plan
 
@@ -133,7 +133,9 @@ def random_plan(rng: random.Random, spec: ModelSpec, setting: Setting) -> Plan:
     return Plan(0, ranks, trainable, checkpointed=recomputed, micro_batch=micro_batch)
 
 
-def compare(setting: Setting, plans: int, seed: int, scratch: Path) -> dict[str, object]:
+def compare(
+    setting: Setting, plans: int, seed: int, scratch: Path, quantisation: Quantisation | None
+) -> dict[str, object]:
     """Traces without weights, then measures with them."""
     labels = None if setting.task == _LM else 4
     settings = ModelSettings(
@@ -143,6 +145,7 @@ def compare(setting: Setting, plans: int, seed: int, scratch: Path) -> dict[str,
         max_length=setting.length,
         image_size=setting.length if setting.task == _IMAGE else None,
         attention=setting.attention,  # type: ignore[arg-type]
+        quantisation=quantisation,
     )
     training = TrainingSettings(
         learning_rate=1e-4,
@@ -205,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=SETTINGS, action="append", help="default: all")
     parser.add_argument("--plans", type=int, default=60, help="plans of a family")
+    parser.add_argument("--quantisation", choices=("int8", "nf4"), help="of the frozen weights; default: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
@@ -221,6 +225,7 @@ def main() -> None:
             "peft": peft.__version__,
         },
         "seed": arguments.seed,
+        "quantisation": arguments.quantisation or "none",
     }
     with tempfile.TemporaryDirectory() as scratch:
         for family in arguments.family or SETTINGS:
@@ -228,7 +233,7 @@ def main() -> None:
             found = []
             for setting in settings:
                 plans = -(-arguments.plans // len(settings))
-                found.append(compare(setting, plans, arguments.seed, Path(scratch)))
+                found.append(compare(setting, plans, arguments.seed, Path(scratch), arguments.quantisation))
                 print(family, {name: value for name, value in found[-1].items() if name != "plans"}, flush=True)
             result[family] = found
     if arguments.out is not None:
