@@ -278,18 +278,18 @@ assert "fedpilot" not in sys.modules
 
 def test_the_cards_code_loads_the_adapter_beside_a_base_that_bitsandbytes_stores(tmp_path: Path) -> None:
     own: dict[Path, torch.Tensor] = {}
-    inputs = {name: tensor for name, tensor in tiny.batch("llama").items() if name != "labels"}
-    for kind in KINDS:
-        model = tiny.build("llama", quantisation=kind)
+    for family, kind in (("llama", "int8"), ("llama", "nf4"), ("bert", "nf4")):  # BERT's pooler is part of its head
+        inputs = {name: tensor for name, tensor in tiny.batch(family).items() if name != "labels"}
+        model = tiny.build(family, quantisation=kind)
         deployment = Deployment(tiny.random_tensors(model, tiny.mixed_ranks(model)))
-        folder = export_peft(model, deployment, tmp_path / kind)
+        folder = export_peft(model, deployment, tmp_path / f"{family}-{kind}")
         save_file(inputs, folder / "inputs.safetensors")
         model.deploy(deployment)
         own[folder] = tiny.logits(model, inputs)
     run = subprocess.run([sys.executable, "-c", PLAIN_USER, *own], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     # bitsandbytes rounds activations to 8 bits too, which moves the logits as much as rounding the weights did.
-    for (folder, logits), most in zip(own.items(), (0.03, 1e-5), strict=True):
+    for (folder, logits), most in zip(own.items(), (0.03, 1e-5, 1e-5), strict=True):
         theirs = load_file(folder / "outputs.safetensors")["logits"]
         assert (theirs - logits).norm() < most * logits.norm(), folder.name
 

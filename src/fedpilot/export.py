@@ -152,6 +152,7 @@ def model_card(
         options, words = _STORED[kind]
         if kind == "nf4" and adapted.settings.dtype == "bf16":
             options += ', bnb_4bit_compute_dtype="bfloat16"'
+        options += f", llm_int8_skip_modules={list(adapted.unquantised)}"
         beside = f"stored = BitsAndBytesConfig({options})  # {words}; without it the base is in full\n"
     labels = "" if adapted.task_type == "causal-lm" else f", num_labels={adapted.num_labels}"
     labels += "" if adapted.padding is None else f", pad_token_id={adapted.padding}"

@@ -182,6 +182,13 @@ class AdaptedModel:
             return 0
         return sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
 
+    @property
+    def unquantised(self) -> tuple[str, ...]:
+        """Linear modules that are not quantised: the head, and whatever else lies outside the blocks."""
+        adapters = (".lora_A.", ".lora_B.")
+        linear = ((name, module) for name, module in self.base.named_modules() if isinstance(module, nn.Linear))
+        return tuple(n for n, m in linear if not isinstance(m, QuantisedLinear) and not any(a in n for a in adapters))
+
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Live adapter and head parameters and weights that are trained whole, by global name."""
         return dict(self._live)
