@@ -100,14 +100,15 @@ def quantise(blocks: nn.ModuleList, kind: Quantisation, device: str | torch.devi
     Raises:
         ModelError: bitsandbytes is not there, or a layer is of another kind.
     """
-    for name, module in list(blocks.named_modules()):
+    names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for name in names:  # not the modules: each is to go before the next is read
+        module = blocks.get_submodule(name)
         if isinstance(module, Conv1D):
             raise ModelError(
                 f"model.quantisation = {kind!r} must go with linear layers, got {name}, a Conv1D as GPT-2 has; "
                 "set model.quantisation = 'none'"
             )
-        if isinstance(module, nn.Linear):
-            blocks.set_submodule(name, QuantisedLinear(module, kind, device))
+        blocks.set_submodule(name, QuantisedLinear(cast(nn.Linear, module), kind, device))
 
 
 def _stored(weight: torch.Tensor, kind: Quantisation) -> tuple[torch.Tensor, torch.Tensor]:
