@@ -176,3 +176,11 @@ def test_a_comparison_that_ctrl_c_stopped_goes_on_with_the_same_command(toy: Pat
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads(again.stdout)
     assert [rounds(path) for path in paths] == [40, 40]
+
+
+def test_a_late_ctrl_c_does_not_disturb_a_command_that_is_done() -> None:
+    late = "import atexit, os, signal, sys; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "
+    code = late + "from fedpilot.cli import main; sys.argv = ['fedpilot', '--version']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fedpilot ")

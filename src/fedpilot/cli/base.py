@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 a recipe or an option is wrong, 1 anything else.
 import gc
 import logging
 import math
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -196,4 +197,7 @@ class LogFile:
 
 def main() -> None:
     """Entry point of the command ``fedpilot``."""
-    app()
+    try:
+        app()
+    finally:  # what is left is to tidy up, where a second Ctrl-C would only print a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
