@@ -13,10 +13,11 @@ from fedpilot import assets, base_deltas, lora
 from fedpilot.client import ClientModel
 from fedpilot.errors import ModelError
 from fedpilot.export import export_peft, folded
-from fedpilot.model import AdaptedModel, ModelSettings, build_model
+from fedpilot.model import ModelSettings, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import BaseDelta, Deployment
 from tests import tiny
+from tests.tiny import changed_base
 
 CASES: Mapping[str, tuple[str, list[int] | None]] = {
     "bert-mixed": ("bert", None),
@@ -67,25 +68,13 @@ def export_case(case: str, root: Path) -> tuple[Path, torch.Tensor]:
     """Exports a case with its inputs beside it; returns the folder and fedpilot's own logits."""
     family, blocks = CASES[case]
     adapted = tiny.build(family) if case.endswith("merged") else tiny.shared(family)
-    base = merged(adapted) if case.endswith("merged") else BaseDelta()
+    base = changed_base(adapted) if case.endswith("merged") else BaseDelta()
     deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, blocks), seed=len(case)), base)
     folder = export_peft(adapted, deployment, root / case, facts={"rounds": 7})
     inputs = {name: tensor for name, tensor in tiny.batch(family).items() if name != "labels"}
     save_file(inputs, folder / "inputs.safetensors")
     adapted.deploy(deployment)
     return folder, tiny.logits(adapted, inputs)
-
-
-def merged(adapted: AdaptedModel, rounds: int = 4) -> BaseDelta:
-    """A log of changes of rank 3 in every adapted module, the first of which have become a snapshot."""
-    generator, base = torch.Generator().manual_seed(5), BaseDelta()
-    for _ in range(rounds):
-        step: dict[str, torch.Tensor] = {}
-        for module, (out_features, in_features) in adapted.spec.modules.items():
-            b, a = (torch.randn(shape, generator=generator) / 8 for shape in ((out_features, 3), (3, in_features)))
-            step |= base_deltas.pair(module, b, a)
-        base = base_deltas.extended(base, step)
-    return base
 
 
 def plain_logits(root: Path, exported: list[tuple[Path, str]]) -> dict[Path, torch.Tensor]:
@@ -209,8 +198,15 @@ def test_the_model_card_of_a_decoder_that_classifies_names_its_padding(tmp_path:
 def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path: Path) -> None:
     adapted = tiny.build("bert", device="meta")
     module = "bert.encoder.layer.10.intermediate.dense"
-    dense = BaseDelta(1, snapshot=base_deltas.total(merged(adapted, 1)), snapshot_version=1)  # rank 3 and rounding
-    for base, rank in ((merged(adapted, 1), 3), (dense, 3), (merged(adapted, 2), 6), (merged(adapted, 9), 24)):
+    dense = BaseDelta(
+        1, snapshot=base_deltas.total(changed_base(adapted, 1)), snapshot_version=1
+    )  # rank 3 and rounding
+    for base, rank in (
+        (changed_base(adapted, 1), 3),
+        (dense, 3),
+        (changed_base(adapted, 2), 6),
+        (changed_base(adapted, 9), 24),
+    ):
         tensors = tiny.random_tensors(adapted, {module: 2})
         if rank == 24:  # a full rank stays one with a pair beside it
             assert base.snapshot
@@ -229,7 +225,7 @@ def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path
 
 def test_a_cut_export_is_the_nearest_of_its_rank_and_says_what_it_leaves_out(tmp_path: Path) -> None:
     adapted = tiny.build("llama", device="meta")
-    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)), merged(adapted, 2))
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)), changed_base(adapted, 2))
     pairs, left_out = folded(adapted.spec, deployment, max_rank=2)
     exact, _ = folded(adapted.spec, deployment)
     lost = whole = 0.0

@@ -13,13 +13,14 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedpilot import base_deltas, memory, planning
+from fedpilot import memory, planning
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.errors import ModelError
 from fedpilot.export import export_peft
-from fedpilot.model import AdaptedModel, QuantisedLinear, quantised
+from fedpilot.model import AdaptedModel, quantised
+from fedpilot.model.quantised import QuantisedLinear
 from fedpilot.training import TrainingSettings
-from fedpilot.types import BaseDelta, Deployment, Plan, Task
+from fedpilot.types import Deployment, Plan, Task
 from tests import tiny
 
 KINDS: tuple[Any, ...] = ("int8", "nf4")
@@ -168,17 +169,6 @@ def test_the_model_without_storage_stands_for_the_real_one(kind: Any, dtype: Any
 # --- a changed base -----------------------------------------------------------------------------------------------
 
 
-def log(model: AdaptedModel, rounds: int) -> BaseDelta:
-    generator, base = torch.Generator().manual_seed(5), BaseDelta()
-    for _ in range(rounds):
-        step: dict[str, torch.Tensor] = {}
-        for module, (out_features, in_features) in model.spec.modules.items():
-            b, a = (torch.randn(shape, generator=generator) / 8 for shape in ((out_features, 3), (3, in_features)))
-            step |= base_deltas.pair(module, b, a)
-        base = base_deltas.extended(base, step)
-    return base
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_stands_beside_the_bits_and_leaves_no_trace_when_it_is_gone(kind: Any) -> None:
     quantised = tiny.build("llama", quantisation=kind)
@@ -187,7 +177,7 @@ def test_a_change_stands_beside_the_bits_and_leaves_no_trace_when_it_is_gone(kin
     before = [tensor.clone() for tensor in quantised.resident()]
     untouched = tiny.logits(quantised, inputs)
     for rounds in (1, 4):  # as factors, and as a snapshot
-        deployment = Deployment(start, log(quantised, rounds))
+        deployment = Deployment(start, tiny.changed_base(quantised, rounds))
         for model in (quantised, plain):
             model.deploy(deployment)
         assert torch.equal(tiny.logits(quantised, inputs), tiny.logits(plain, inputs))
@@ -203,7 +193,7 @@ def test_a_changed_base_takes_what_its_methods_are_charged() -> None:
     profile = memory.trace(lambda p, size: fake.program(p, TRAINING, size), fake.spec, batch=TRAINING.batch_size)
     program = model.program(plan, TRAINING)
     tensors = {name: tensor.detach() for name, tensor in program.parameters.items()}
-    model.load(Task(plan, tensors, log(model, 1)))
+    model.load(Task(plan, tensors, tiny.changed_base(model, 1)))
     changed = replace(program, resident=(*model.resident(), *program.batch))
     charged = sum(4 * rows * columns for rows, columns in model.spec.modules.values())
     assert memory.measure_peak(changed) == memory.peak_bytes(profile, plan) + charged

@@ -25,10 +25,10 @@ from transformers import (
     ViTConfig,
 )
 
-from fedpilot import lora
+from fedpilot import base_deltas, lora
 from fedpilot.model import AdaptedModel, ModelSettings, build_model
 from fedpilot.training import Batch
-from fedpilot.types import Plan, Task, Tensors
+from fedpilot.types import BaseDelta, Plan, Task, Tensors
 
 NUM_LABELS = 3
 WORDS = 60
@@ -129,6 +129,18 @@ def task(
     """A task with random tensors that trains the named ones, or all."""
     tensors = random_tensors(model, ranks, seed)
     return Task(Plan(0, ranks, frozenset(tensors if trainable is None else trainable), **plan), tensors)
+
+
+def changed_base(adapted: AdaptedModel, rounds: int = 4) -> BaseDelta:
+    """A log of changes of rank 3 in every adapted module, the first of which have become a snapshot."""
+    generator, base = torch.Generator().manual_seed(5), BaseDelta()
+    for _ in range(rounds):
+        step: dict[str, torch.Tensor] = {}
+        for module, (out_features, in_features) in adapted.spec.modules.items():
+            b, a = (torch.randn(shape, generator=generator) / 8 for shape in ((out_features, 3), (3, in_features)))
+            step |= base_deltas.pair(module, b, a)
+        base = base_deltas.extended(base, step)
+    return base
 
 
 @dataclass(frozen=True)

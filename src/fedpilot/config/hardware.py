@@ -20,7 +20,7 @@ from fedpilot import assets, lora, memory, planning
 from fedpilot.config import setup
 from fedpilot.errors import ConfigError, ModelError
 from fedpilot.memory import MemoryProfile
-from fedpilot.model import AdaptedModel, ModelSettings, Quantisation, build_model
+from fedpilot.model import AdaptedModel, ModelSettings, Quantisation, build_model, precision
 from fedpilot.training import TrainingSettings
 from fedpilot.types import ModelSpec, Plan
 
@@ -117,7 +117,7 @@ class Step:
     @property
     def precision(self) -> str:
         """Of the weights, in words."""
-        return self.dtype if self.quantisation is None else f"{self.quantisation}, the rest {self.dtype}"
+        return precision(self.dtype, self.quantisation)
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,6 @@ class Planner:
         settings: The model, its source resolved.
         training: The step.
         num_labels: Classes; ``None`` for a language model.
-        num_parameters: Of the model, before it is adapted.
-        num_quantisable: Of these, weights that can be quantised; 0 for a model whose layers cannot.
     """
 
     settings: ModelSettings
@@ -221,12 +219,16 @@ class Planner:
     _sketches: dict[_Sketched, AdaptedModel] = field(init=False, default_factory=dict)
     _profiles: dict[tuple[_Sketched, int, bool], MemoryProfile] = field(init=False, default_factory=dict)
     _prices: dict[tuple[Step, int, int, int | None], tuple[int, float]] = field(init=False, default_factory=dict)
-    num_parameters: int = field(init=False)
-    num_quantisable: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.num_parameters = self._own.num_parameters
-        self.num_quantisable = self._own.linear_weights  # now: traces add adapters
+    @property
+    def num_parameters(self) -> int:
+        """Of the model, before it is adapted."""
+        return self._own.num_parameters
+
+    @property
+    def num_quantisable(self) -> int:
+        """Of these, weights that can be quantised."""
+        return self._own.linear_weights
 
     @property
     def _own(self) -> AdaptedModel:

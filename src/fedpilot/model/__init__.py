@@ -3,8 +3,8 @@
 from fedpilot.model.adapted import AdaptedModel, build_model, check_tensors, cross_entropy, ranks_of
 from fedpilot.model.batched import Stack, UnlikeError
 from fedpilot.model.inside import ModelLens, item_shape, program_of
-from fedpilot.model.loading import Device, ModelSettings, TaskType
-from fedpilot.model.quantised import Quantisation, QuantisedLinear
+from fedpilot.model.loading import Device, ModelSettings, TaskType, precision
+from fedpilot.model.quantised import Quantisation
 
 __all__ = [
     "AdaptedModel",
@@ -12,7 +12,6 @@ __all__ = [
     "ModelLens",
     "ModelSettings",
     "Quantisation",
-    "QuantisedLinear",
     "Stack",
     "TaskType",
     "UnlikeError",
@@ -20,6 +19,7 @@ __all__ = [
     "check_tensors",
     "cross_entropy",
     "item_shape",
+    "precision",
     "program_of",
     "ranks_of",
 ]

@@ -76,6 +76,8 @@ class AdaptedModel:
         block_path: Name of the base model's list of blocks.
         accepted: Names that a batch may have for the base to read them.
         mode: Context in which its tensors can be computed with; not trivial for a model without storage.
+        unquantised: Linear modules that are not quantised: the head, and whatever else lies outside quantised blocks.
+        linear_weights: Numbers in the weights of the blocks' linear layers, however stored; 0 with any Conv1D.
     """
 
     def __init__(self, settings: ModelSettings, base: Base) -> None:
@@ -102,6 +104,11 @@ class AdaptedModel:
         self._attached: Attached | None = None
         self._transposed = {f"{n}.weight" for n, m in self.base.named_modules() if isinstance(m, Conv1D)}
         self._quantised = {f"{n}.weight": m for n, m in self.base.named_modules() if isinstance(m, QuantisedLinear)}
+        linear = {n: m for n, m in self.base.named_modules() if isinstance(m, nn.Linear)}
+        self.unquantised = tuple(name for name in linear if f"{name}.weight" not in self._quantised)
+        in_blocks = [module for name, module in linear.items() if name.startswith(f"{path}.")]
+        numbers = sum(module.in_features * module.out_features for module in in_blocks)
+        self.linear_weights = 0 if self._transposed else numbers
         self._pristine: dict[str, torch.Tensor] = {}
         self._base: BaseDelta | None = None
         self._starts: dict[str, torch.Tensor] = {}  # first bits of the weights that are trained whole
@@ -173,21 +180,6 @@ class AdaptedModel:
         """Of the base, each counted once, however few bits it is stored in."""
         stored = {name: layer.in_features * layer.out_features for name, layer in self._quantised.items()}
         return sum(stored.get(name, parameter.numel()) for name, parameter in self._parameters.items())
-
-    @property
-    def linear_weights(self) -> int:
-        """Numbers in the weights of the blocks' linear layers, before adapters; 0 where any layer is a Conv1D."""
-        modules = [module for block in self._blocks for module in block.modules()]
-        if any(isinstance(module, Conv1D) for module in modules):
-            return 0
-        return sum(m.in_features * m.out_features for m in modules if isinstance(m, nn.Linear))
-
-    @property
-    def unquantised(self) -> tuple[str, ...]:
-        """Linear modules that are not quantised: the head, and whatever else lies outside the blocks."""
-        adapters = (".lora_A.", ".lora_B.")
-        linear = ((name, module) for name, module in self.base.named_modules() if isinstance(module, nn.Linear))
-        return tuple(n for n, m in linear if not isinstance(m, QuantisedLinear) and not any(a in n for a in adapters))
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Live adapter and head parameters and weights that are trained whole, by global name."""

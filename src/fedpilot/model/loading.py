@@ -90,7 +90,12 @@ class ModelSettings:
     @property
     def precision(self) -> str:
         """Of the frozen weights, in words."""
-        return self.dtype if self.quantisation is None else f"{self.quantisation}, the rest {self.dtype}"
+        return precision(self.dtype, self.quantisation)
+
+
+def precision(dtype: str, quantisation: Quantisation | None) -> str:
+    """Of frozen weights, in words."""
+    return dtype if quantisation is None else f"{quantisation}, the rest {dtype}"
 
 
 @dataclass(frozen=True)
