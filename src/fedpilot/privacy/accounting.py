@@ -8,7 +8,8 @@ epsilon 6), but convolves anew for every client and round.
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -23,6 +24,9 @@ ORDERS: tuple[float, ...] = (
     *(64.0, 80.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0),
 )
 """Rényi orders that the bound is minimised over: Opacus' own and larger ones, for little privacy spent."""
+
+WHOLE_ORDERS = tuple(order for order in ORDERS if order.is_integer())
+"""Their divergence is a finite sum, which costs a tenth of the series of an order between two of them."""
 
 MAX_NOISE = 1e6
 _TOLERANCE = 1e-3
@@ -70,44 +74,65 @@ def epsilon(spent: Spent, delta: float) -> float:
     Raises:
         PlanError: Opacus is not installed.
     """
-    if not spent.steps:
-        return 0.0
-    if not spent.noise_multiplier:
-        return math.inf
-    rdp = spent.steps * _one_step(spent.sample_rate, spent.noise_multiplier)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the best order is the first or the last: the bound holds all the same
-        found, _ = _analysis().get_privacy_spent(orders=ORDERS, rdp=rdp, delta=delta)
-    return max(float(found), 0.0)
+    return _least(spent, delta, ORDERS)[0]
 
 
 @lru_cache(maxsize=4096)
 def noise_for(target: float, delta: float, rate: float, steps: int) -> float:
     """The least σ, to a thousandth, with which so many steps at sample rate ``rate`` cost at most ``target``.
 
+    By whole orders first, which bound it from above, then by those beside the best of them: no subset of the orders
+    says less than all of them do, so the target is kept in any case.
+
     Raises:
         PlanError: No noise suffices, or Opacus is not installed.
     """
-    spent = Spent(rate, 1.0, steps)
+
+    def within(noise: float, orders: tuple[float, ...]) -> bool:
+        return _least(Spent(rate, noise, steps), delta, orders)[0] <= target
+
     low, high = 0.0, 1.0
-    while epsilon(replace(spent, noise_multiplier=high), delta) > target:
+    while not within(high, WHOLE_ORDERS):
         low, high = high, 2 * high
         if high > MAX_NOISE:
             raise PlanError(
                 f"epsilon must be within reach of {steps} steps at delta {delta:g}, got {target:g}; "
                 "raise epsilon or run fewer rounds"
             )
+    high = _last_within(low, high, lambda noise: within(noise, WHOLE_ORDERS))
+    best = _least(Spent(rate, high, steps), delta, WHOLE_ORDERS)[1]
+    beside = tuple(order for order in ORDERS if abs(order - best) <= 1)
+    share = _TOLERANCE
+    while within(low := high * (1 - share), beside):
+        high, share = low, min(2 * share, 0.5)
+    return _last_within(low, high, lambda noise: within(noise, beside))
+
+
+def _last_within(low: float, high: float, within: Callable[[float], bool]) -> float:
+    """Bisects until what is within is known to a thousandth; ``high`` is, ``low`` is not."""
     while high - low > _TOLERANCE * high:
         middle = (low + high) / 2
-        within = epsilon(replace(spent, noise_multiplier=middle), delta) <= target
-        low, high = (low, middle) if within else (middle, high)
+        low, high = (low, middle) if within(middle) else (middle, high)
     return high
 
 
+def _least(spent: Spent, delta: float, orders: tuple[float, ...]) -> tuple[float, float]:
+    """The least epsilon that one of the orders bounds, and that order."""
+    if not spent.steps:
+        return 0.0, orders[0]
+    if not spent.noise_multiplier:
+        return math.inf, orders[0]
+    rdp = spent.steps * _one_step(spent.sample_rate, spent.noise_multiplier, orders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the best order is the first or the last: the bound holds all the same
+        found, best = _analysis().get_privacy_spent(orders=orders, rdp=rdp, delta=delta)
+    return max(float(found), 0.0), float(best)
+
+
 @lru_cache(maxsize=4096)
-def _one_step(rate: float, noise_multiplier: float) -> NDArray[np.float64]:
+def _one_step(rate: float, noise_multiplier: float, orders: tuple[float, ...]) -> NDArray[np.float64]:
     """(orders,) Rényi divergence of one step."""
-    curve = _analysis().compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    curve = _analysis().compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
     return np.asarray(curve, dtype=np.float64)
 
 
