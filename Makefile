@@ -41,7 +41,7 @@ docs: setup  ## the site, in the folder site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: assets lint  ## ruff, mypy, and the fast tier of tests, which builds the site too
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 browser:  ## a Chromium for the tests of the report, from Debian's packages where there is none
 	command -v chromium chromium-browser google-chrome || \

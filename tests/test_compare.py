@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpilot import jobs
+from fedpilot.commands import compare as command
 from fedpilot.compare import figures, report, study, tuning, workers
 from fedpilot.compare.figures import MethodFigures, Point, RunFigures
 from fedpilot.compare.study import Member, Study
@@ -216,9 +218,21 @@ def test_a_changed_recipe_is_refused_with_the_difference(finished: tuple[Path, s
     assert "training.learning_rate: 0.002 -> 0.01" in result.output
 
 
+def run_here(
+    members: Sequence[Member], *, traces: Path, halt: Callable[[], bool] = lambda: False, **how: object
+) -> dict[str, str]:
+    """`workers.run_members` without processes, whose start takes longer than these runs."""
+    for member in members:
+        if not member.done():
+            made = jobs.start(member.recipe, member.path, traces=traces)
+            jobs.run(replace(made, halt=halt), read_test=member.read_test)
+    return {}
+
+
 def test_a_search_chooses_on_validation_data_and_all_runs_of_the_method_take_what_it_chose(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "run_in_processes", run_here)
     out = tmp_path / "out"
     options = ["--algorithms", "fedit", "--seeds", "1", "--out", str(out), "--set", "evaluation.on=validation"]
     search = ["--tune", "training.learning_rate=1e-6,0.02", "--tune-rounds", "2"]

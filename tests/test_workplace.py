@@ -12,11 +12,13 @@ from fedpilot.config import setup
 from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.toml"
 
 
 def recipe(**run: Any) -> Recipe:
-    read = load_recipe(RECIPE)
+    read = load_recipe(RECIPE, ["data.test_limit=16"])
     return replace(read, run=replace(read.run, **run), baseline=None)
 
 

@@ -172,7 +172,7 @@ for result in engine.exchange(1, work):
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_no_process_outlives_a_run_that_is_interrupted_or_killed(how: signal.Signals) -> None:
     root = Path(__file__).parents[2]
     run = subprocess.Popen(
