@@ -267,6 +267,23 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(finished: Finished) ->
     assert (finished.path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_of_before_a_setting_was_known_goes_on_with_its_default(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    toy.run("--out", str(path), "--set", "run.rounds=1")
+    for file in (path / "manifest.json", path / "baseline" / "manifest.json"):
+        manifest = json.loads(file.read_text())
+        del manifest["config"]["model"]["quantisation"]
+        file.write_text(json.dumps(manifest))
+    resumed = fedpilot("run", "--resume", str(path))
+    assert resumed.exit_code == 0, resumed.output
+    manifest["config"]["model"]["rank"] += 1
+    file.write_text(json.dumps(manifest))
+    refused = fedpilot("run", "--resume", str(path))
+    assert refused.exit_code == 1
+    assert "model.rank: " in refused.output
+    assert "quantisation" not in refused.output
+
+
 def test_a_client_whose_loss_is_not_finite_fails_and_the_round_goes_on(toy: Toy, tmp_path: Path) -> None:
     options = settings(training__learning_rate=1e30, training__max_grad_norm="none", run__rounds=1)
     result = toy.run("--out", str(tmp_path / "run"), *options)

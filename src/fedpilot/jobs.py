@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedpilot.config.recipe import Recipe, read_recipe
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.setup import Experiment
 from fedpilot.errors import ConfigError, RecordError
-from fedpilot.manifest import manifest
+from fedpilot.manifest import check_same_run, manifest
 from fedpilot.record import RunDirectory, strict
 from fedpilot.rounds import Evaluate, Observer, Unwatched, measured
 from fedpilot.runs import train
@@ -63,10 +63,10 @@ class Job:
         """The baseline's run, made where it is not there yet."""
         assert self.recipe.baseline is not None, "asked only of a recipe with a baseline"
         path = self.path / BASELINE
-        facts = facts_of(replace(self.recipe, algorithm=self.recipe.baseline, baseline=None))
+        recipe = replace(self.recipe, algorithm=self.recipe.baseline, baseline=None)
         if (path / "manifest.json").exists():
-            return RunDirectory.open(path, facts)
-        return RunDirectory.create(path, facts)
+            return opened(path, recipe)
+        return RunDirectory.create(path, facts_of(recipe))
 
 
 Watch: TypeAlias = Callable[[str, int], AbstractContextManager[Observer]]
@@ -119,7 +119,7 @@ def resume(path: Path, *, traces: Path | None = None) -> Job:
     recipe = recipe_of(path)
     trackers.check(recipe.run.trackers)
     experiment = setup.experiment(recipe, traces=traces, trains=True)
-    return Job(experiment, RunDirectory.open(path, facts_of(recipe)))
+    return Job(experiment, opened(path, recipe))
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -133,6 +133,20 @@ def recipe_of(path: Path) -> Recipe:
     if not isinstance(found, dict):
         raise RecordError(f"{path / 'manifest.json'} must hold a configuration, got none; restore it from a copy")
     return read_recipe(found, str(path / "manifest.json"))
+
+
+def opened(path: Path, recipe: Recipe) -> RunDirectory:
+    """A run to go on with. Settings that fedpilot did not have yet when it began stand at their defaults.
+
+    Raises:
+        RecordError: There is no run, or it was made with another configuration.
+    """
+    directory = RunDirectory.open(path)
+    found = dict(directory.manifest)
+    with suppress(ConfigError):  # if it cannot be read as a recipe, the comparison names what differs
+        found["config"] = facts_of(recipe_of(path))["config"]
+    check_same_run(path, found, facts_of(recipe))
+    return directory
 
 
 def facts_of(recipe: Recipe) -> dict[str, object]:

@@ -255,7 +255,7 @@ def _check_runs(made: Study) -> None:
     for member in made.members():
         if member.started():
             try:
-                RunDirectory.open(member.path, jobs.facts_of(member.recipe))
+                jobs.opened(member.path, member.recipe)
             except RecordError as error:
                 problems.append(str(error))
     if problems:
