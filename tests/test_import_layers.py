@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "fedpilot"
 
 LAYERS: dict[str, set[str]] = {
+    "startup": set(),
     "errors": set(),
     "types": {"errors"},
     "tensors": {"types", "errors"},
@@ -51,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
         "margins",
         "trackers",
     },
-    "engines": {"types", "errors", "checkpoint", "attachments"},
+    "engines": {"types", "errors", "checkpoint", "attachments", "startup"},
     "assets": {"errors"},
     "training": {"types", "errors", "galore", "privacy"},
     "privacy": {"types", "errors", "tensors", "lora"},
@@ -70,7 +71,7 @@ LAYERS: dict[str, set[str]] = {
             "condensation",
             "privacy",
         ),
-        "attachments",
+        *("attachments", "startup"),
     },
     "alignment": {"types", "errors", "training", "model"},
     "client": {
@@ -88,6 +89,7 @@ LAYERS: dict[str, set[str]] = {
 
 DOORS = {
     "peft": {"model/adapted.py"},
+    "bitsandbytes": {"model/quantised.py"},
     "flwr": {"engines/flower"},
     "flwr_datasets": {"data/partition.py"},
     "transformers": {"model", "data"},

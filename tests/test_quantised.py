@@ -226,27 +226,41 @@ def test_layers_that_keep_their_weight_transposed_are_refused(device: Any) -> No
 
 WITHOUT = """
 import sys
-sys.modules["bitsandbytes"] = None
+from fedpilot import startup
+startup.without_bitsandbytes()  # as the command line does
 from fedpilot.errors import ModelError
 from fedpilot.model import ModelSettings, build_model
-folder = sys.argv[1]
-for kind, device in (("nf4", "fake"), ("int8", "cpu"), ("nf4", "cpu")):
+
+class NotInstalled:
+    def find_spec(self, name, *rest):
+        if name == "bitsandbytes":
+            raise ModuleNotFoundError(name)
+
+def build(kind, device):
     try:
-        build_model(ModelSettings(folder, "causal-lm", quantisation=kind), device=device)
+        build_model(ModelSettings(sys.argv[1], "causal-lm", quantisation=kind), device=device)
         print(kind, device, "built")
     except ModelError as error:
         print(error)
+
+build("nf4", "fake")
+build("int8", "cpu")
+assert not any(name.startswith("bitsandbytes.") for name in sys.modules)
+sys.meta_path.insert(0, NotInstalled())
+build("nf4", "cpu")
+del sys.meta_path[0]
+build("nf4", "cpu")
 """
 
 
-def test_planning_and_eight_bits_need_no_bitsandbytes_and_four_bits_say_what_to_install() -> None:
+def test_four_bits_alone_need_bitsandbytes_and_say_what_to_install() -> None:
     command = [sys.executable, "-c", WITHOUT, str(tiny.folder("llama"))]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    built, eight, four = run.stdout.splitlines()
-    assert (built, eight) == ("nf4 fake built", "int8 cpu built")
-    assert "needs bitsandbytes" in four
-    assert "pip install 'fedpilot[quant]'" in four
+    planned, eight, missing, four = run.stdout.splitlines()
+    assert (planned, eight, four) == ("nf4 fake built", "int8 cpu built", "nf4 cpu built")
+    assert "needs bitsandbytes" in missing
+    assert "pip install 'fedpilot[quant]'" in missing
 
 
 # --- where it goes ------------------------------------------------------------------------------------------------

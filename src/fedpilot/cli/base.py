@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from fedpilot import startup
 from fedpilot.errors import ConfigError, FedpilotError
 
 PANELS = (STARTING, TRAINING, LOOKING, DEPLOYING) = ("Start", "Train", "Look", "Deploy")
@@ -197,6 +198,7 @@ class LogFile:
 
 def main() -> None:
     """Entry point of the command ``fedpilot``."""
+    startup.without_bitsandbytes()
     try:
         app()
     finally:  # what is left is to tidy up, where a second Ctrl-C would only print a traceback

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fedpilot import startup
 from fedpilot.engines.in_process import carry
 from fedpilot.engines.wire import Receiver, Sender
 from fedpilot.types import Algorithm, Site, Task, Tensors
@@ -52,6 +53,7 @@ def _parent() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     orders = Connection(os.dup(control.fileno()))
     torch.set_num_threads(1)
+    startup.without_bitsandbytes()
     alive: set[int] = set()
     gc.disable()  # looking at what stays for good takes time now, and memory later: pages that are written are copied
     for module in sys.argv[2:]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from fedpilot import startup
 from fedpilot.errors import ModelError
 
 Quantisation: TypeAlias = Literal["int8", "nf4"]
@@ -138,6 +139,7 @@ def _has_numbers(tensor: torch.Tensor) -> bool:
 
 def _kernels() -> Any:
     """bitsandbytes' operators, on a CPU as on a GPU."""
+    startup.unhidden()
     try:
         import bitsandbytes  # noqa: F401  an extra; it registers them
     except ImportError as error:
