@@ -782,6 +782,17 @@ def test_init_writes_a_recipe_that_runs_out_of_options_alone(toy: Toy, tmp_path:
     assert fedpilot("init", str(tmp_path), *options, *model).exit_code == 2  # there is one
 
 
+def test_init_measures_budgets_off_the_data_so_that_tiers_differ(tmp_path: Path) -> None:
+    rows = [f"the shop was {('bad', 'good')[number % 2]},{number % 2},{number % 3}" for number in range(30)]
+    (tmp_path / "short.csv").write_text("\n".join(["text,label,shop", *rows]))
+    options = ["--data", str(tmp_path / "short.csv"), "--by", "shop", "--model", "minilm-l3", "--yes"]
+    assert fedpilot("init", str(tmp_path), *options).exit_code == 0
+    plan = fedpilot("plan", str(tmp_path / "recipe.toml"), "--json")
+    assert plan.exit_code == 0, plan.output
+    clients = json.loads(plan.stdout)["clients"]
+    assert [len(client["trained"]) for client in clients] == [1, 2, 3]
+
+
 def test_inits_recipe_finds_a_model_that_was_named_from_where_init_was_run(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,9 @@ from fedpilot import display, progress
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.assets import ASSETS
 from fedpilot.commands.hardware import budgets_of
-from fedpilot.config import hardware, profiles
-from fedpilot.config.population import load_population
-from fedpilot.config.recipe import load_recipe
+from fedpilot.config import hardware, profiles, setup
+from fedpilot.config.population import Population, load_population
+from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.data.files import read_file
 from fedpilot.errors import ConfigError
 
@@ -102,13 +102,14 @@ def write(answers: Answers, folder: Path, *, force: bool) -> Path:
         raise ConfigError([f"init must not overwrite {file}; give another folder, or --force"])
     console = display.console_for()
     with progress.working(console, "reading the data and the model's configuration"):
-        length, budgets = measured(answers)
+        length, given = length_of(answers.model, answers.task), given_budgets(answers.memory)
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / ".recipe.toml.part"
         try:
-            draft.write_text(text_of(answers, length, budgets, folder), encoding="utf-8")
+            draft.write_text(text_of(answers, length, given or ["1 GiB"], folder), encoding="utf-8")
             recipe = load_recipe(draft)
             people = load_population(recipe)
+            draft.write_text(text_of(answers, length, given or budgets(recipe, people), folder), encoding="utf-8")
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
@@ -121,23 +122,29 @@ def write(answers: Answers, folder: Path, *, force: bool) -> Path:
 LENGTH, RANK, BATCH = 64, 8, 16
 
 
-def measured(answers: Answers) -> tuple[int, list[str]]:
-    """Length of inputs that the model can take, and budgets where none are given.
+def length_of(model: str, task: Task) -> int:
+    """Tokens of inputs that the model can take, within reason."""
+    with hardware.source_of(model) as source:
+        settings = {"source": source, "task": task, "rank": RANK, "max_length": LENGTH}
+        made = profiles.options(settings, {"batch_size": BATCH, "learning_rate": 1e-3}, None, 2)
+        return min(LENGTH, hardware.Planner(*made).positions or LENGTH)
 
-    The budgets are for the upper half of the blocks, for three quarters and for all of them, with some room.
-    """
-    with hardware.source_of(answers.model) as source:
-        model = {"source": source, "task": answers.task, "rank": RANK, "max_length": LENGTH}
-        settings, training, labels = profiles.options(model, {"batch_size": BATCH, "learning_rate": 1e-3}, None, 2)
-        planner = hardware.Planner(settings, training, labels)
-        length = min(LENGTH, planner.positions or LENGTH)
-        if answers.memory:
-            budgets_of(answers.memory)  # as they are written, if they are any
-            return length, [size.strip() for size in answers.memory.split(",")]
-        step = hardware.Step(BATCH, length, "float32", RANK, recompute=False)
-        count = planner.spec.num_blocks
-        shares = dict.fromkeys((max(1, count // 2), max(1, 3 * count // 4), count))
-        return length, [f"{-(-planner.price(step, n)[0] * 105 // (100 * 2**20))} MiB" for n in shares]
+
+def given_budgets(text: str) -> list[str]:
+    """Budgets as they were written, once they are known to be any."""
+    if text:
+        budgets_of(text)
+    return [size.strip() for size in text.split(",") if size.strip()]
+
+
+def budgets(recipe: Recipe, people: Population) -> list[str]:
+    """For the upper half of the blocks, for three quarters and for all of them on these data; a hundredth is room."""
+    settings = setup.model_settings(recipe, people)
+    planner = hardware.Planner(settings, recipe.training, setup.num_labels(recipe, people))
+    step = hardware.Step(BATCH, settings.max_length, "float32", RANK, recompute=False)
+    count = planner.spec.num_blocks
+    shares = dict.fromkeys((max(1, count // 2), max(1, 3 * count // 4), count))
+    return [f"{-(-planner.price(step, n)[0] * 101 // (100 * 2**20))} MiB" for n in shares]
 
 
 def _from_recipe(path: Path, folder: Path) -> str:
