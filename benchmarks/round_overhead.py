@@ -114,7 +114,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             directory = Path(folder) / "run"
             made = manifest({}, seed=0, dtype="float32")
-            run = RunDirectory.open(directory, made) if number else RunDirectory.create(directory, made)
+            run = RunDirectory.open(directory) if number else RunDirectory.create(directory, made)
             engine = InProcess(algorithm, site)
             marks.append(clock())
             train(algorithm, engine, people, after, run, num_rounds=number)

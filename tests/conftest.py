@@ -25,7 +25,7 @@ def traced_once() -> Iterator[None]:
     profile_of, known = setup.profile_of, {}
 
     def remembered(sketch: AdaptedModel, training: TrainingSettings, **options: Any) -> MemoryProfile:
-        key = (sketch.settings, training.batch_size, tuple(options.items()))
+        key = (sketch.settings, training, tuple(options.items()))
         if key not in known:
             known[key] = profile_of(sketch, training, **options)
         return known[key]

@@ -270,18 +270,20 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(finished: Finished) ->
 def test_a_run_of_before_a_setting_was_known_goes_on_with_its_default(toy: Toy, tmp_path: Path) -> None:
     path = tmp_path / "run"
     toy.run("--out", str(path), "--set", "run.rounds=1")
-    for file in (path / "manifest.json", path / "baseline" / "manifest.json"):
+    own, baseline = path / "manifest.json", path / "baseline" / "manifest.json"
+    for file in (own, baseline):
         manifest = json.loads(file.read_text())
         del manifest["config"]["model"]["quantisation"]
         file.write_text(json.dumps(manifest))
     resumed = fedpilot("run", "--resume", str(path))
     assert resumed.exit_code == 0, resumed.output
+    assert "takes its default (model.quantisation: absent -> None)" in " ".join(resumed.output.split())
+    manifest = json.loads(baseline.read_text())
     manifest["config"]["model"]["rank"] += 1
-    file.write_text(json.dumps(manifest))
+    baseline.write_text(json.dumps(manifest))
     refused = fedpilot("run", "--resume", str(path))
     assert refused.exit_code == 1
     assert "model.rank: " in refused.output
-    assert "quantisation" not in refused.output
 
 
 def test_a_client_whose_loss_is_not_finite_fails_and_the_round_goes_on(toy: Toy, tmp_path: Path) -> None:
@@ -780,6 +782,13 @@ def test_init_writes_a_recipe_that_runs_out_of_options_alone(toy: Toy, tmp_path:
     assert result.exit_code == 0, result.output
     assert RunDirectory.open(tmp_path / "run").lines()[-1]["round"] == 1
     assert fedpilot("init", str(tmp_path), *options, *model).exit_code == 2  # there is one
+
+
+def test_init_takes_budgets_in_plain_bytes(toy: Toy, tmp_path: Path) -> None:
+    options = ["--data", str(toy.folder / "data.csv"), "--by", "city", "--model", str(toy.folder / "model"), "--yes"]
+    made = fedpilot("init", str(tmp_path), *options, "--memory", "1073741824, 2 GiB")
+    assert made.exit_code == 0, made.output
+    assert load_recipe(tmp_path / "recipe.toml").clients.memory == (2**30, 2**31)
 
 
 def test_init_measures_budgets_off_the_data_so_that_tiers_differ(tmp_path: Path) -> None:

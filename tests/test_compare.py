@@ -20,6 +20,7 @@ from fedpilot.commands import compare as command
 from fedpilot.compare import figures, report, study, tuning, workers
 from fedpilot.compare.figures import MethodFigures, Point, RunFigures
 from fedpilot.compare.study import Member, Study
+from fedpilot.compare.workers import Watcher
 from fedpilot.config import setup
 from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.errors import ConfigError, RecordError
@@ -218,8 +219,30 @@ def test_a_changed_recipe_is_refused_with_the_difference(finished: tuple[Path, s
     assert "training.learning_rate: 0.002 -> 0.01" in result.output
 
 
+def test_runs_of_before_a_setting_was_known_are_the_same_runs(finished: tuple[Path, str]) -> None:
+    file = finished[0] / "hetlora" / "seed-1" / "manifest.json"
+    kept = file.read_text()
+    manifest = json.loads(kept)
+    del manifest["config"]["model"]["quantisation"]
+    file.write_text(json.dumps(manifest))
+    try:
+        again = fedpilot(*COMMAND, "--out", str(finished[0]))
+        other = fedpilot(*COMMAND, "--out", str(finished[0]), "--set", "model.quantisation=int8")
+    finally:
+        file.write_text(kept)
+    assert "4 runs of 4 done before" in again.output
+    assert other.exit_code == 1
+    assert "model.quantisation: None -> int8" in other.output
+
+
 def run_here(
-    members: Sequence[Member], *, traces: Path, halt: Callable[[], bool] = lambda: False, **how: object
+    members: Sequence[Member],
+    *,
+    workers: int,
+    traces: Path,
+    logs: Path,
+    watcher: Watcher,
+    halt: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """`workers.run_members` without processes, whose start takes longer than these runs."""
     for member in members:

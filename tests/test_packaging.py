@@ -76,6 +76,14 @@ def test_importing_the_package_imports_nothing_but_the_standard_library() -> Non
     assert loaded - sys.stdlib_module_names == {"fedpilot"}
 
 
+def test_the_command_line_starts_without_bitsandbytes() -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(sys.modules['bitsandbytes'])); from fedpilot.cli import main"
+    )
+    call = [sys.executable, "-c", f"{code}; sys.argv[1:] = ['--version']; main()"]
+    assert subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "None"
+
+
 def test_the_citation_has_what_its_format_asks_for() -> None:
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= found.keys()

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedpilot import checkpoint
 from fedpilot.errors import ConfigError, RecordError
-from fedpilot.manifest import differences, manifest
+from fedpilot.manifest import check_same_run, differences, manifest
 from fedpilot.record import RunDirectory
 from fedpilot.rounds import RoundRecord
 from fedpilot.runs import train
@@ -152,7 +152,7 @@ def test_resuming_refuses_a_changed_configuration_and_lists_the_keys(tmp_path: P
     path = started(tmp_path / "run", training={"learning_rate": 0.1, "epochs": 1}, rank=8).path
     now = manifest({"training": {"learning_rate": 0.2, "epochs": 1}, "ranks": [4]}, seed=4, dtype="float32")
     with pytest.raises(RecordError, match="put them back, or start a run in another directory") as caught:
-        RunDirectory.open(path, now)
+        check_same_run(path, RunDirectory.open(path).manifest, now)
     for line in ("seed: 3 -> 4", "training.learning_rate: 0.1 -> 0.2", "rank: 8 -> absent", "ranks: absent -> [4]"):
         assert line in str(caught.value)
     assert "epochs" not in str(caught.value)
@@ -160,9 +160,17 @@ def test_resuming_refuses_a_changed_configuration_and_lists_the_keys(tmp_path: P
 
 def test_what_a_recipe_leaves_to_us_may_have_been_decided_at_the_start(tmp_path: Path) -> None:
     path = started(tmp_path / "run", run={"workers": 2, "device": "auto"}).path
-    RunDirectory.open(path, manifest({"run": {"workers": "auto", "device": "auto"}}, seed=3, dtype="float32"))
+    check_same_run(
+        path,
+        RunDirectory.open(path).manifest,
+        manifest({"run": {"workers": "auto", "device": "auto"}}, seed=3, dtype="float32"),
+    )
     with pytest.raises(RecordError, match=r"run\.workers: 2 -> 1"):
-        RunDirectory.open(path, manifest({"run": {"workers": 1, "device": "auto"}}, seed=3, dtype="float32"))
+        check_same_run(
+            path,
+            RunDirectory.open(path).manifest,
+            manifest({"run": {"workers": 1, "device": "auto"}}, seed=3, dtype="float32"),
+        )
 
 
 def test_resuming_with_another_version_is_said_and_not_refused(
@@ -170,7 +178,7 @@ def test_resuming_with_another_version_is_said_and_not_refused(
 ) -> None:
     path = started(tmp_path / "run").path
     now = manifest({}, seed=3, dtype="float32") | {"num_threads": 99}
-    RunDirectory.open(path, now)
+    check_same_run(path, RunDirectory.open(path).manifest, now)
     assert "num_threads" in caplog.text
     assert "-> 99" in caplog.text
 

@@ -118,7 +118,7 @@ def run(path: Path, on_training: Callable[[], None]) -> None:
         return Site(profile, toy.ToyModel(profile.num_examples, 1000 * round + client_id, lr=0.1))
 
     started = (path / "manifest.json").exists()
-    directory = RunDirectory.open(path, now()) if started else RunDirectory.create(path, now())
+    directory = RunDirectory.open(path) if started else RunDirectory.create(path, now())
     algorithm = Wandering(toy.spec())
     goal = Goal("loss", higher_is_better=False)
     engine = InProcess(algorithm, site_for)

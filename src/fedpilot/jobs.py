@@ -1,6 +1,7 @@
 """A recipe from start to end: the method's run, its baseline's for the same training time, and who came out ahead."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -16,12 +17,14 @@ from fedpilot.config.recipe import Recipe, read_recipe
 from fedpilot.config.sections import AlgorithmSettings
 from fedpilot.config.setup import Experiment
 from fedpilot.errors import ConfigError, RecordError
-from fedpilot.manifest import check_same_run, manifest
+from fedpilot.manifest import as_json, check_same_run, differences, manifest
 from fedpilot.record import RunDirectory, strict
 from fedpilot.rounds import Evaluate, Observer, Unwatched, measured
 from fedpilot.runs import train
 from fedpilot.stopping import Halted
 from fedpilot.types import Algorithm, Engine
+
+logger = logging.getLogger(__name__)
 
 BASELINE, COMPARISON, RECIPE, LOG, TEST = "baseline", "comparison.json", "recipe.toml", "log.txt", "test.json"
 KEPT = "kept"  # folder of what clients keep, where the recipe wants it on disk
@@ -144,7 +147,9 @@ def opened(path: Path, recipe: Recipe) -> RunDirectory:
     directory = RunDirectory.open(path)
     found = dict(directory.manifest)
     with suppress(ConfigError):  # if it cannot be read as a recipe, the comparison names what differs
-        found["config"] = facts_of(recipe_of(path))["config"]
+        found["config"] = as_json(recipe_of(path).resolved())
+    for line in differences(directory.manifest.get("config"), found.get("config")):
+        logger.warning("%s was started before there was a setting, which takes its default (%s)", path, line)
     check_same_run(path, found, facts_of(recipe))
     return directory
 

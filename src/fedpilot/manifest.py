@@ -20,7 +20,7 @@ PACKAGES = ("fedpilot", "torch", "transformers", "peft", "numpy")
 
 
 def manifest(config: Mapping[str, object], *, seed: int, dtype: str) -> dict[str, object]:
-    """What a run is made of, for `RunDirectory.create` and `RunDirectory.open`.
+    """What a run is made of, for `RunDirectory.create` and `check_same_run`.
 
     Args:
         config: The resolved configuration; values that JSON does not know are written as text.
@@ -35,8 +35,14 @@ def manifest(config: Mapping[str, object], *, seed: int, dtype: str) -> dict[str
         "num_threads": torch.get_num_threads(),
         "versions": package_versions(),
         **_commit(Path(__file__).parent),
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": as_json(config),
     }
+
+
+def as_json(config: Mapping[str, object]) -> dict[str, object]:
+    """A configuration as a manifest keeps it."""
+    kept: dict[str, object] = json.loads(json.dumps(config, default=str))
+    return kept
 
 
 def package_versions() -> dict[str, str | None]:

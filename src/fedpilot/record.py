@@ -24,7 +24,6 @@ import torch
 from fedpilot import checkpoint
 from fedpilot.attachments import ATTACHMENTS
 from fedpilot.errors import RecordError
-from fedpilot.manifest import check_same_run
 from fedpilot.rounds import RoundRecord
 from fedpilot.types import Deployment, State, Tensors
 
@@ -69,15 +68,11 @@ class RunDirectory:
         return cls(path, manifest)
 
     @classmethod
-    def open(cls, path: Path, expected: Mapping[str, object] | None = None) -> "RunDirectory":
-        """A run to read or to go on with.
-
-        Args:
-            path: The directory.
-            expected: A `manifest` of now; ``None`` to take the run as it is.
+    def open(cls, path: Path) -> "RunDirectory":
+        """A run that is there.
 
         Raises:
-            RecordError: There is no run, or it was made with another configuration.
+            RecordError: There is none.
         """
         file = path / "manifest.json"
         try:
@@ -86,8 +81,6 @@ class RunDirectory:
             raise RecordError(f"{file} must exist, got no such file; start a run in {path} first") from error
         except ValueError as error:
             raise RecordError(f"{file} must be JSON, got {error}; restore it from a copy") from error
-        if expected is not None:
-            check_same_run(path, found, expected)
         return cls(path, found)
 
     @property

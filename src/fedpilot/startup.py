@@ -2,17 +2,25 @@
 
 import sys
 
+_hidden = False
+
 
 def without_bitsandbytes() -> None:
-    """Hides bitsandbytes from PEFT, which imports it where it is installed: a quarter of a start, for layers that we
-    do not make. `unhidden` takes that back where 4 bits are asked for.
+    """Hides bitsandbytes from PEFT, which imports it where it is installed: a sixth to a quarter of a start, for layers
+    that we do not make.
 
-    Not for a process that is somebody else's, who may want PEFT to know it.
+    Not for a process that is somebody else's: PEFT and transformers remember that it is not there, also after
+    `unhidden` has brought it back for our own 4 bits.
     """
-    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # an import finds nothing
+    global _hidden
+    if "bitsandbytes" not in sys.modules:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # an import finds nothing
+        _hidden = True
 
 
 def unhidden() -> None:
-    """Lets bitsandbytes be imported again."""
-    if sys.modules.get("bitsandbytes", sys) is None:
-        del sys.modules["bitsandbytes"]
+    """Lets bitsandbytes be imported again where we have hidden it."""
+    global _hidden
+    if _hidden:
+        _hidden = False
+        sys.modules.pop("bitsandbytes", None)

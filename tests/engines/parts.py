@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ class Toys:
 
     def square(self, number: int) -> tuple[int, int]:
         return number * number, os.getpid()
+
+    def hides_bitsandbytes(self) -> bool:
+        return sys.modules.get("bitsandbytes", sys) is None
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

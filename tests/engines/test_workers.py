@@ -75,6 +75,7 @@ def test_a_worker_killed_from_outside_at_work_or_at_rest_is_a_failure_of_one_cli
 def test_a_method_is_called_on_all_workers_and_answers_come_in_order(shared: Workers) -> None:
     answers = shared.pool.call("square", [(number,) for number in range(7)])
     assert [square for square, _ in answers] == [0, 1, 4, 9, 16, 25, 36]
+    assert shared.pool.call("hides_bitsandbytes", [()]) == [True]
     with pytest.raises(RuntimeError, match="die must not end its worker process, got one that was ended by signal"):
         shared.pool.call("die", [()])
 
@@ -172,7 +173,7 @@ for result in engine.exchange(1, work):
 """
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_a_run_that_is_interrupted_or_killed(how: signal.Signals) -> None:
     root = Path(__file__).parents[2]
     run = subprocess.Popen(

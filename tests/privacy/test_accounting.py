@@ -54,10 +54,17 @@ def test_unlike_steps_together_are_charged_at_the_dearer_rate_and_noise() -> Non
     assert privacy.epsilon(both, 1e-5) > max(privacy.epsilon(spent, 1e-5) for spent in (first, second))
 
 
-@pytest.mark.parametrize(("target", "rate", "steps"), [(3.0, 0.05, 400), (8.0, 1.0, 60), (0.5, 0.3, 20)])
+@pytest.mark.parametrize(
+    ("target", "rate", "steps"), [(3.0, 0.05, 400), (8.0, 1.0, 60), (0.5, 0.3, 20), (60.0, 0.3, 50), (300.0, 1.0, 20)]
+)
 def test_the_noise_for_a_target_reaches_it_and_hardly_overshoots(target: float, rate: float, steps: int) -> None:
     noise = privacy.noise_for(target, 1e-5, rate, steps)
     assert 0.99 * target < privacy.epsilon(Spent(rate, noise, steps), 1e-5) <= target
+    assert privacy.epsilon(Spent(rate, 0.997 * noise, steps), 1e-5) > target
+
+
+def test_no_steps_need_no_noise() -> None:
+    assert privacy.noise_for(1.0, 1e-5, 0.1, 0) == 0.0
 
 
 def test_a_target_out_of_reach_is_refused() -> None:

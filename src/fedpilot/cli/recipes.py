@@ -52,7 +52,7 @@ def init(
     model: Annotated[str | None, typer.Option(help="A packaged name, a folder or a hub id.")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE,...", help="Budgets of the clients; by default measured off the model."),
+        typer.Option(metavar="SIZE,...", help="Budgets of the clients; by default measured off model and data."),
     ] = None,
     algorithm: Annotated[str | None, typer.Option(help="The method.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 10,
@@ -89,7 +89,7 @@ def init(
             clients=asked.clients(clients, split),
             model=asked.text("Model: a packaged name, a folder or a hub id", model, default),
             memory=asked.text(
-                "Budgets of the clients, as 120 MiB, 300 MiB (empty: measured off the model)", memory, ""
+                "Budgets of the clients, as 120 MiB, 300 MiB (empty: measured off model and data)", memory, ""
             ),
             algorithm=asked.choice("Algorithm", algorithm, commands.OFFERED),
             rounds=rounds,

@@ -34,7 +34,7 @@ class Answers:
         by: Column whose values are clients; empty to divide the rows evenly.
         clients: Number of clients where there is no such column.
         model: Packaged name, folder or hub id.
-        memory: Budgets of the tiers, as text; empty for ones measured off the model.
+        memory: Budgets of the tiers, as text; empty for ones measured off model and data.
         algorithm: The method.
         rounds: How many.
     """
@@ -109,7 +109,9 @@ def write(answers: Answers, folder: Path, *, force: bool) -> Path:
             draft.write_text(text_of(answers, length, given or ["1 GiB"], folder), encoding="utf-8")
             recipe = load_recipe(draft)
             people = load_population(recipe)
-            draft.write_text(text_of(answers, length, given or budgets(recipe, people), folder), encoding="utf-8")
+            draft.write_text(
+                text_of(answers, length, given or measured_budgets(recipe, people), folder), encoding="utf-8"
+            )
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
@@ -130,21 +132,28 @@ def length_of(model: str, task: Task) -> int:
         return min(LENGTH, hardware.Planner(*made).positions or LENGTH)
 
 
-def given_budgets(text: str) -> list[str]:
+def given_budgets(text: str) -> list[str | int]:
     """Budgets as they were written, once they are known to be any."""
-    if text:
-        budgets_of(text)
-    return [size.strip() for size in text.split(",") if size.strip()]
+    if not text:
+        return []
+    budgets_of(text)
+    return [int(size) if size.strip().isdecimal() else size.strip() for size in text.split(",")]
 
 
-def budgets(recipe: Recipe, people: Population) -> list[str]:
-    """For the upper half of the blocks, for three quarters and for all of them on these data; a hundredth is room."""
+def measured_budgets(recipe: Recipe, people: Population) -> list[str]:
+    """For the upper half of the blocks, for three quarters and for all of them, on these data.
+
+    Each has room, since Fed-piLot may prefer blocks that cost a little more than the uppermost: half of what one more
+    would take, and for all blocks a hundredth.
+    """
     settings = setup.model_settings(recipe, people)
     planner = hardware.Planner(settings, recipe.training, setup.num_labels(recipe, people))
     step = hardware.Step(BATCH, settings.max_length, "float32", RANK, recompute=False)
     count = planner.spec.num_blocks
+    peaks = {n: planner.price(step, n)[0] for n in range(1, count + 1)}
+    peaks[count + 1] = peaks[count] + peaks[count] // 50
     shares = dict.fromkeys((max(1, count // 2), max(1, 3 * count // 4), count))
-    return [f"{-(-planner.price(step, n)[0] * 101 // (100 * 2**20))} MiB" for n in shares]
+    return [f"{-(-(peaks[n] + peaks[n + 1]) // 2**21)} MiB" for n in shares]
 
 
 def _from_recipe(path: Path, folder: Path) -> str:
@@ -153,7 +162,7 @@ def _from_recipe(path: Path, folder: Path) -> str:
     return path.name if path.parent == folder.resolve() else str(path)
 
 
-def text_of(answers: Answers, length: int, sizes: Sequence[str], folder: Path) -> str:
+def text_of(answers: Answers, length: int, sizes: Sequence[str | int], folder: Path) -> str:
     """The recipe with its comments."""
     source = _from_recipe(answers.data, folder)
     is_folder = answers.model not in ASSETS and Path(answers.model).expanduser().is_dir()
@@ -190,7 +199,7 @@ text = {json.dumps(answers.text)}             # the column of texts
 [partition]
 {kind if answers.by else even}
 [clients]
-memory = {json.dumps(list(sizes))}  # budgets of the tiers, dealt out in turn; fedpilot profile shows what blocks cost
+memory = {json.dumps(list(sizes))}  # budgets of the tiers, dealt out in turn; fedpilot plan shows what they hold
 
 [training]
 learning_rate = 2e-3

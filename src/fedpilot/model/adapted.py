@@ -108,7 +108,8 @@ class AdaptedModel:
         self.unquantised = tuple(name for name in linear if f"{name}.weight" not in self._quantised)
         in_blocks = [module for name, module in linear.items() if name.startswith(f"{path}.")]
         numbers = sum(module.in_features * module.out_features for module in in_blocks)
-        self.linear_weights = 0 if self._transposed else numbers
+        transposed = any(name.startswith(f"{path}.") for name in self._transposed)
+        self.linear_weights = 0 if transposed else numbers
         self._pristine: dict[str, torch.Tensor] = {}
         self._base: BaseDelta | None = None
         self._starts: dict[str, torch.Tensor] = {}  # first bits of the weights that are trained whole

@@ -91,6 +91,8 @@ def noise_for(target: float, delta: float, rate: float, steps: int) -> float:
     def within(noise: float, orders: tuple[float, ...]) -> bool:
         return _least(Spent(rate, noise, steps), delta, orders)[0] <= target
 
+    if not steps:
+        return 0.0
     low, high = 0.0, 1.0
     while not within(high, WHOLE_ORDERS):
         low, high = high, 2 * high
