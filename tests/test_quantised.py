@@ -1,5 +1,7 @@
 """Bases in 8 and 4 bits: what is stored, what is computed with it, and what a changed base becomes."""
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from fedpilot import memory, planning
 from fedpilot.algorithms import ALGORITHMS
 from fedpilot.errors import ModelError
 from fedpilot.export import export_peft
-from fedpilot.model import AdaptedModel, quantised
+from fedpilot.model import AdaptedModel, ModelSettings, build_model, quantised
 from fedpilot.model.quantised import QuantisedLinear
 from fedpilot.training import TrainingSettings
 from fedpilot.types import Deployment, Plan, Task
@@ -222,6 +224,16 @@ def test_a_weight_that_is_quantised_is_not_trained_whole() -> None:
 def test_layers_that_keep_their_weight_transposed_are_refused(device: Any) -> None:
     with pytest.raises(ModelError, match=r"must go with linear layers, got .*, a Conv1D as GPT-2 has"):
         tiny.build("gpt2", quantisation="nf4", device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+def test_weights_that_somebody_else_has_quantised_are_refused(tmp_path: Path, device: Any) -> None:
+    folder = shutil.copytree(tiny.folder("llama"), tmp_path / "llama-bnb-4bit")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"must be stored in full precision, got quantised weights in .*-4bit"):
+        build_model(ModelSettings(str(folder), "causal-lm"), device=device)
 
 
 WITHOUT = """

@@ -175,6 +175,11 @@ def _config(settings: ModelSettings, num_labels: int | None) -> Any:
         config = AutoConfig.from_pretrained(settings.source)
     except (OSError, ValueError) as error:
         raise _unreachable(settings, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model source must be stored in full precision, got quantised weights in {settings.source!r}; take the "
+            "model that they were made from, with model.quantisation = 'nf4' or 'int8'"
+        )
     if num_labels is not None:
         config.num_labels = num_labels
     if settings.dropout is not None:
