@@ -17,7 +17,6 @@ from fedpilot.model import ModelSettings, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import BaseDelta, Deployment
 from tests import tiny
-from tests.tiny import changed_base
 
 CASES: Mapping[str, tuple[str, list[int] | None]] = {
     "bert-mixed": ("bert", None),
@@ -68,7 +67,7 @@ def export_case(case: str, root: Path) -> tuple[Path, torch.Tensor]:
     """Exports a case with its inputs beside it; returns the folder and fedpilot's own logits."""
     family, blocks = CASES[case]
     adapted = tiny.build(family) if case.endswith("merged") else tiny.shared(family)
-    base = changed_base(adapted) if case.endswith("merged") else BaseDelta()
+    base = tiny.changed_base(adapted) if case.endswith("merged") else BaseDelta()
     deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted, blocks), seed=len(case)), base)
     folder = export_peft(adapted, deployment, root / case, facts={"rounds": 7})
     inputs = {name: tensor for name, tensor in tiny.batch(family).items() if name != "labels"}
@@ -199,13 +198,13 @@ def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path
     adapted = tiny.build("bert", device="meta")
     module = "bert.encoder.layer.10.intermediate.dense"
     dense = BaseDelta(
-        1, snapshot=base_deltas.total(changed_base(adapted, 1)), snapshot_version=1
+        1, snapshot=base_deltas.total(tiny.changed_base(adapted, 1)), snapshot_version=1
     )  # rank 3 and rounding
     for base, rank in (
-        (changed_base(adapted, 1), 3),
+        (tiny.changed_base(adapted, 1), 3),
         (dense, 3),
-        (changed_base(adapted, 2), 6),
-        (changed_base(adapted, 9), 24),
+        (tiny.changed_base(adapted, 2), 6),
+        (tiny.changed_base(adapted, 9), 24),
     ):
         tensors = tiny.random_tensors(adapted, {module: 2})
         if rank == 24:  # a full rank stays one with a pair beside it
@@ -225,7 +224,7 @@ def test_what_is_merged_into_the_base_is_folded_at_the_rank_that_it_has(tmp_path
 
 def test_a_cut_export_is_the_nearest_of_its_rank_and_says_what_it_leaves_out(tmp_path: Path) -> None:
     adapted = tiny.build("llama", device="meta")
-    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)), changed_base(adapted, 2))
+    deployment = Deployment(tiny.random_tensors(adapted, tiny.mixed_ranks(adapted)), tiny.changed_base(adapted, 2))
     pairs, left_out = folded(adapted.spec, deployment, max_rank=2)
     exact, _ = folded(adapted.spec, deployment)
     lost = whole = 0.0

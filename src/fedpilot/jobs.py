@@ -132,10 +132,14 @@ def recipe_of(path: Path) -> Recipe:
         RecordError: There is no run.
         ConfigError: It was made by another version with other settings.
     """
-    found = RunDirectory.open(path).manifest.get("config")
+    return _recipe_in(RunDirectory.open(path))
+
+
+def _recipe_in(directory: RunDirectory) -> Recipe:
+    file, found = directory.path / "manifest.json", directory.manifest.get("config")
     if not isinstance(found, dict):
-        raise RecordError(f"{path / 'manifest.json'} must hold a configuration, got none; restore it from a copy")
-    return read_recipe(found, str(path / "manifest.json"))
+        raise RecordError(f"{file} must hold a configuration, got none; restore it from a copy")
+    return read_recipe(found, str(file))
 
 
 def opened(path: Path, recipe: Recipe) -> RunDirectory:
@@ -147,7 +151,7 @@ def opened(path: Path, recipe: Recipe) -> RunDirectory:
     directory = RunDirectory.open(path)
     found = dict(directory.manifest)
     with suppress(ConfigError):  # if it cannot be read as a recipe, the comparison names what differs
-        found["config"] = as_json(recipe_of(path).resolved())
+        found["config"] = as_json(_recipe_in(directory).resolved())
     for line in differences(directory.manifest.get("config"), found.get("config")):
         logger.warning("%s was started before there was a setting, which takes its default (%s)", path, line)
     check_same_run(path, found, facts_of(recipe))

@@ -109,9 +109,8 @@ def write(answers: Answers, folder: Path, *, force: bool) -> Path:
             draft.write_text(text_of(answers, length, given or ["1 GiB"], folder), encoding="utf-8")
             recipe = load_recipe(draft)
             people = load_population(recipe)
-            draft.write_text(
-                text_of(answers, length, given or measured_budgets(recipe, people), folder), encoding="utf-8"
-            )
+            if not given:
+                draft.write_text(text_of(answers, length, measured_budgets(recipe, people), folder), encoding="utf-8")
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
@@ -146,10 +145,9 @@ def measured_budgets(recipe: Recipe, people: Population) -> list[str]:
     Each has room, since Fed-piLot may prefer blocks that cost a little more than the uppermost: half of what one more
     would take, and for all blocks a hundredth.
     """
-    settings = setup.model_settings(recipe, people)
-    planner = hardware.Planner(settings, recipe.training, setup.num_labels(recipe, people))
-    step = hardware.Step(BATCH, settings.max_length, "float32", RANK, recompute=False)
-    count = planner.spec.num_blocks
+    labels = setup.num_labels(recipe, people)
+    planner = hardware.Planner(setup.model_settings(recipe, people), recipe.training, labels)
+    step, count = planner.asked(), planner.spec.num_blocks
     peaks = {n: planner.price(step, n)[0] for n in range(1, count + 1)}
     peaks[count + 1] = peaks[count] + peaks[count] // 50
     shares = dict.fromkeys((max(1, count // 2), max(1, 3 * count // 4), count))

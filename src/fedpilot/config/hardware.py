@@ -242,6 +242,17 @@ class Planner:
         found = getattr(base.config, "max_position_embeddings", None)
         return found if isinstance(found, int) and self.settings.task != "image-classification" else None
 
+    def asked(self, micro_batch: int | None = None, *, recompute: bool = False) -> Step:
+        """The step that the settings ask for; ``None`` for the whole batch in one pass."""
+        return Step(
+            micro_batch=micro_batch or self.training.batch_size,
+            length=self.settings.max_length,
+            dtype=self.settings.dtype,
+            quantisation=self.settings.quantisation,
+            rank=self.settings.rank,
+            recompute=recompute,
+        )
+
     @property
     def spec(self) -> ModelSpec:
         """The model's adapted modules; they are the same for every step."""
@@ -474,14 +485,7 @@ def outlook(
         FedpilotError: The model cannot be had or traced so.
     """
     planner = Planner(settings, training, num_labels)
-    step = Step(
-        micro_batch=micro_batch or training.batch_size,
-        length=settings.max_length,
-        dtype=settings.dtype,
-        quantisation=settings.quantisation,
-        rank=settings.rank,
-        recompute=recompute,
-    )
+    step = planner.asked(micro_batch, recompute=recompute)
     sketch = planner.sketch(step.sketched)
     if planner.positions is not None and step.length > planner.positions:
         raise ModelError(f"--length must be at most the model's {planner.positions} positions, got {step.length}")

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import numpy as np
@@ -82,32 +82,32 @@ def noise_for(target: float, delta: float, rate: float, steps: int) -> float:
     """The least σ, to a thousandth, with which so many steps at sample rate ``rate`` cost at most ``target``.
 
     By whole orders first, which bound it from above, then by those beside the best of them: no subset of the orders
-    says less than all of them do, so the target is kept in any case.
+    says less than all of them do, so the target is kept in any case, and σ is the least where the best order is there.
 
     Raises:
         PlanError: No noise suffices, or Opacus is not installed.
     """
-
-    def within(noise: float, orders: tuple[float, ...]) -> bool:
-        return _least(Spent(rate, noise, steps), delta, orders)[0] <= target
-
     if not steps:
         return 0.0
+
+    def within(orders: tuple[float, ...], noise: float) -> bool:
+        return _least(Spent(rate, noise, steps), delta, orders)[0] <= target
+
     low, high = 0.0, 1.0
-    while not within(high, WHOLE_ORDERS):
+    while not within(WHOLE_ORDERS, high):
         low, high = high, 2 * high
         if high > MAX_NOISE:
             raise PlanError(
                 f"epsilon must be within reach of {steps} steps at delta {delta:g}, got {target:g}; "
                 "raise epsilon or run fewer rounds"
             )
-    high = _last_within(low, high, lambda noise: within(noise, WHOLE_ORDERS))
+    high = _last_within(low, high, partial(within, WHOLE_ORDERS))
     best = _least(Spent(rate, high, steps), delta, WHOLE_ORDERS)[1]
     beside = tuple(order for order in ORDERS if abs(order - best) <= 1)
     share = _TOLERANCE
-    while within(low := high * (1 - share), beside):
+    while within(beside, low := high * (1 - share)):
         high, share = low, min(2 * share, 0.5)
-    return _last_within(low, high, lambda noise: within(noise, beside))
+    return _last_within(low, high, partial(within, beside))
 
 
 def _last_within(low: float, high: float, within: Callable[[float], bool]) -> float:
