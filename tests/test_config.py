@@ -474,6 +474,30 @@ def test_arithmetic_that_is_asked_for_is_not_chosen(monkeypatch: pytest.MonkeyPa
     assert read(changed("training", autocast="bf16")).training.autocast == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "keys", "expected"),
+    [
+        (False, {"training.autocast": "bf16"}, "eager"),
+        (False, {"training.autocast": "auto"}, "eager"),
+        (False, {"model.dtype": "bf16"}, "eager"),
+        (False, {}, "sdpa"),
+        (False, {"training.autocast": "bf16", "model.max_length": 512}, "sdpa"),
+        (True, {"training.autocast": "bf16"}, "sdpa"),
+    ],
+)
+def test_automatic_attention_is_the_faster_kernel_and_on_record(
+    on_gpu: bool, keys: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    tables = changed("model", attention="auto", max_length=64)
+    for key, value in keys.items():
+        section, name = key.split(".")
+        tables.setdefault(section, {})[name] = value
+    recipe = read(tables)
+    assert recipe.model.attention == recipe.resolved()["model"]["attention"] == expected
+
+
 def test_validation_data_must_be_there_to_be_evaluated_on() -> None:
     (found,) = problems(changed("evaluation", on="validation"))
     assert found == (

@@ -569,3 +569,8 @@ def test_a_made_up_text_has_padding_in_every_example_but_the_first() -> None:
     made = tiny.shared("bert").made_up_batch(3)
     assert made["attention_mask"].sum(dim=1).tolist() == [tiny.LENGTH, tiny.LENGTH - 1, tiny.LENGTH - 1]
     assert np.prod(made["input_ids"].shape) == 3 * tiny.LENGTH
+
+
+def test_attention_must_be_settled_before_a_model_is_built() -> None:
+    with pytest.raises(ModelError, match="attention must be settled before a model is built, got 'auto'"):
+        build_model(ModelSettings(str(tiny.folder("bert")), attention="auto"), num_labels=2, device="meta")

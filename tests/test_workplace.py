@@ -9,7 +9,9 @@ import torch
 
 from fedpilot import jobs
 from fedpilot.config import setup
+from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe, load_recipe
+from fedpilot.data import few_widths
 from fedpilot.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -40,6 +42,14 @@ def test_a_run_in_worker_processes_is_the_run_in_one_process_to_the_bit(tmp_path
         (file,) = (tmp_path / str(workers) / "adapters" / "last").glob("*.safetensors")
         adapters.append(file.read_bytes())
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(("autocast", "few"), [("float32", False), ("bf16", True)])
+def test_batches_have_few_widths_where_each_shape_costs_code(autocast: str, few: bool) -> None:
+    asked = replace(recipe(), training=replace(recipe().training, autocast=autocast))  # type: ignore[arg-type]
+    people = load_population(asked)
+    assert people.train.widths == people.examples[0].widths == (few_widths(people.train.longest) if few else ())
+    assert people.test.widths == (few_widths(people.test.longest) if few else ())
 
 
 def test_the_number_of_workers_is_measured_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

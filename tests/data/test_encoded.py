@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpilot.data.encoded import POOL_BATCHES, EncodedDataset, TokenStore
+from fedpilot.data.encoded import POOL_BATCHES, EncodedDataset, TokenStore, few_widths
 from fedpilot.errors import DataError
 
 
@@ -70,6 +70,35 @@ def test_batches_can_be_padded_to_one_length() -> None:
     assert widths == {5}
     with pytest.raises(DataError, match="pad_to must be at least 3"):
         next(dataset_of([2, 3, 1]).batches(1, pad_to=2))
+
+
+@given(longest=st.integers(1, 3000))
+@settings(deadline=None)
+def test_a_few_widths_hold_every_length_with_less_than_an_eighth_more(longest: int) -> None:
+    widths = few_widths(longest)
+    assert list(widths) == sorted(set(widths))
+    assert widths[-1] == longest
+    assert len(widths) <= 8 + 8 * max(0, longest.bit_length() - 3)
+    for length in range(1, longest + 1):
+        assert length <= min(width for width in widths if width >= length) < 1.125 * length + 1e-9
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 7), seed=st.none() | st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_batches_of_few_widths_hold_the_same_examples_in_the_same_order(
+    lengths: list[int], batch_size: int, seed: int | None
+) -> None:
+    free = dataset_of(lengths)
+    bound = replace(free, widths=(2, 5, 9))
+
+    def batches(data: EncodedDataset) -> list[dict[str, torch.Tensor]]:
+        order = None if seed is None else torch.Generator().manual_seed(seed)
+        return list(data.subset(range(len(lengths))).batches(batch_size, order))
+
+    for one, other in zip(batches(free), batches(bound), strict=True):
+        assert content(one) == content(other)
+        assert other["input_ids"].shape[1] == min(w for w in (2, 5, 9) if w >= one["input_ids"].shape[1])
+    assert {batch["input_ids"].shape[1] for batch in bound.batches(3, pad_to=12)} == {12}
 
 
 def test_the_order_follows_from_the_generator_alone() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedpilot import assets, data
 from fedpilot.config.clicks import ClickStage, click_stage
-from fedpilot.config.recipe import Recipe
+from fedpilot.config.recipe import Recipe, wants_gpu
 from fedpilot.data import EncodedDataset, Table
 from fedpilot.training import TrainingSettings
 from fedpilot.types import ClientProfile
@@ -111,7 +111,11 @@ def _encoded(recipe: Recipe, rows: data.Rows, source: str, name: str, stage: Cli
         name=name,
         answers=recipe.data.answers,
     )
-    return made if stage is None else dataclasses.replace(made, side=stage.side(rows))
+    if stage is not None:
+        made = dataclasses.replace(made, side=stage.side(rows))
+    if "bf16" in (recipe.model.dtype, recipe.training.autocast) and not wants_gpu(recipe.run):
+        made = dataclasses.replace(made, widths=data.few_widths(made.longest))
+    return made
 
 
 def data_settings(recipe: Recipe) -> data.DataSettings:

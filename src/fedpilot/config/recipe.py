@@ -33,7 +33,7 @@ from fedpilot.data.partition import PartitionSettings
 from fedpilot.data.recommendation import MOVIELENS, RecommendationSettings
 from fedpilot.data.tables import DataSettings
 from fedpilot.errors import ConfigError, FedpilotError
-from fedpilot.model import ModelSettings
+from fedpilot.model import ModelSettings, faster_attention
 from fedpilot.privacy.client_dp import ClientDP
 from fedpilot.privacy.secure_settings import SecureAggregation
 from fedpilot.robust import Robust
@@ -217,9 +217,14 @@ def read_recipe(
     task, evaluation, public = recipe.model.task, recipe.evaluation, recipe.server.fraction
     if evaluation.metric == "auto":
         evaluation = dataclasses.replace(evaluation, metric=_metrics(task, recipe.data)[0])
+    device = "cuda" if wants_gpu(recipe.run) else "cpu"
     if recipe.training.autocast == "auto":
-        chosen = native_arithmetic("cuda" if wants_gpu(recipe.run) else "cpu")
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, autocast=chosen))
+        training = dataclasses.replace(recipe.training, autocast=native_arithmetic(device))
+        recipe = dataclasses.replace(recipe, training=training)
+    if recipe.model.attention == "auto":
+        products = "bf16" if "bf16" in (recipe.model.dtype, recipe.training.autocast) else "float32"
+        attention = faster_attention(device, products, recipe.model.max_length)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention=attention))
     data = dataclasses.replace(recipe.data, task=task, public_fraction=public)
     if recipe.recommendation is not None:
         data = dataclasses.replace(data, recommendation=recipe.recommendation)

@@ -5,7 +5,7 @@ takes, once; a client's data set is a ``subset`` of that.
 """
 
 from fedpilot.data.encode import encode
-from fedpilot.data.encoded import DataReport, EncodedDataset
+from fedpilot.data.encoded import DataReport, EncodedDataset, few_widths
 from fedpilot.data.packaged import PACKAGED
 from fedpilot.data.partition import PartitionSettings, client_names, partition, partition_table
 from fedpilot.data.sources import load, load_inputs
@@ -21,6 +21,7 @@ __all__ = [
     "Table",
     "client_names",
     "encode",
+    "few_widths",
     "load",
     "load_inputs",
     "partition",

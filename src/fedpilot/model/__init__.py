@@ -3,7 +3,7 @@
 from fedpilot.model.adapted import AdaptedModel, build_model, check_tensors, cross_entropy, ranks_of
 from fedpilot.model.batched import Stack, UnlikeError
 from fedpilot.model.inside import ModelLens, item_shape, program_of
-from fedpilot.model.loading import Device, ModelSettings, TaskType, precision
+from fedpilot.model.loading import Device, ModelSettings, TaskType, faster_attention, precision
 from fedpilot.model.quantised import Quantisation
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "build_model",
     "check_tensors",
     "cross_entropy",
+    "faster_attention",
     "item_shape",
     "precision",
     "program_of",

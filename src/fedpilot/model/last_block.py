@@ -44,7 +44,8 @@ class FirstPosition:
         block.last_block = "first-position"  # for whoever compares blocks: it is unlike the others
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
-        return tuple(states[:, :1] for states in args) if self._active else None
+        # of strided states a linear layer multiplies one example at a time, each by its own copy of the weight
+        return tuple(states[:, :1].contiguous() for states in args) if self._active else None
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ class ModelSettings:
         train_pooler: Whether a pooler below the classifier is trained with it, as part of the head. ``None`` for
             leaving one that the source's ``model.safetensors`` holds as it is, and training any other.
         attention: ``sdpa`` is fused and keeps no scores of long inputs; ``eager`` is faster for short ones in bf16 on
-            a CPU, and as fast in float32.
+            a CPU, and as fast in float32. ``auto`` is for recipes, which put in the faster (`faster_attention`).
         dtype: Of the frozen base. With ``bf16`` every forward pass runs under autocast; adapters stay float32.
         quantisation: How the linear layers of the blocks are stored: ``int8`` or ``nf4`` (4 bits, with bitsandbytes);
             what is computed stays in ``dtype``. ``None`` for no less than ``dtype``.
@@ -82,7 +82,7 @@ class ModelSettings:
     dropout: float | None = None
     lora_dropout: float = 0.0
     train_pooler: bool | None = None
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager", "auto"] = "sdpa"
     dtype: Literal["float32", "bf16"] = "float32"
     quantisation: Quantisation | None = None
     last_block: Literal["whole", "first-position"] = "whole"
@@ -91,6 +91,18 @@ class ModelSettings:
     def precision(self) -> str:
         """Of the frozen weights, in words."""
         return precision(self.dtype, self.quantisation)
+
+
+SHORT = 256
+"""Tokens up to which a CPU is faster with eager attention in bf16, as docs/performance.md has it."""
+
+
+def faster_attention(device_type: str, arithmetic: str, max_length: int) -> Literal["sdpa", "eager"]:
+    """The kernel that takes less time for inputs of that many tokens; the same for all clients and methods of a recipe.
+
+    The fused kernel of a CPU is slow backward in bf16. Eager attention keeps (examples, heads, length, length) scores.
+    """
+    return "eager" if device_type == "cpu" and arithmetic == "bf16" and max_length <= SHORT else "sdpa"
 
 
 def precision(dtype: str, quantisation: Quantisation | None) -> str:
@@ -216,6 +228,8 @@ def _unsuited(config: Any, settings: ModelSettings, error: Exception) -> ModelEr
 
 
 def _options(settings: ModelSettings) -> dict[str, object]:
+    if settings.attention == "auto":
+        raise ModelError("attention must be settled before a model is built, got 'auto'; put in faster_attention(...)")
     return {"dtype": _dtype(settings), "attn_implementation": settings.attention}
 
 
