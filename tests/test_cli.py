@@ -27,6 +27,7 @@ from typer.testing import CliRunner, Result
 from fedpilot import __version__, cli, display, jobs, memory, planning, progress, tensors
 from fedpilot.cli import app
 from fedpilot.cli.base import importing
+from fedpilot.cli.run import has_workers
 from fedpilot.commands import plan as planned
 from fedpilot.comparison import Comparison, Standing
 from fedpilot.config import profiles, setup
@@ -948,3 +949,29 @@ def comparison(baseline: float) -> Comparison:
 def test_the_verdict_names_the_winner_whoever_it_is(baseline: float, sentence: str) -> None:
     assert sentence in display.verdict(comparison(baseline))
     assert "At equal training time (3 rounds against 5): a tie." in display.verdict(comparison(baseline))
+
+
+@pytest.mark.parametrize(
+    ("run", "overrides", "expected"),
+    [
+        ("", [], False),
+        ("workers = 1", [], False),
+        ("workers = 2", [], True),
+        ('workers = "auto"', [], True),
+        ("workers = 2", ["run.workers=1"], False),
+        ("", ["run.workers = auto"], True),
+        ("", ["run.workers=3", "run.seed=1"], True),
+        ("workers = ", [], False),
+    ],
+)
+def test_worker_processes_are_foreseen_from_a_glance_at_the_recipe(
+    run: str, overrides: list[str], expected: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"[run]\n{run}\n")
+    assert has_workers(file, overrides, None) == has_workers(None, overrides, tmp_path) == expected
+    file.write_text("run = 1")
+    assert not has_workers(file, [], None)
+    file.write_bytes(b"\xff")
+    assert not has_workers(file, overrides, None)
+    assert not has_workers(tmp_path / "nothing.toml", overrides, None)

@@ -13,6 +13,7 @@ from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.data import few_widths
 from fedpilot.errors import ConfigError
+from fedpilot.startup import Parent
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -88,6 +89,16 @@ def test_what_workers_import_is_begun_with_a_run_that_may_have_them_and_with_no_
     assert parent is not None
     pool.close()
     assert parent.process.returncode is not None
+
+
+def test_a_process_that_imports_already_serves_a_run_with_workers_and_ends_where_there_are_none() -> None:
+    parents = [Parent(), Parent()]
+    served = setup.experiment(recipe(workers=2), trains=True, parent=parents[0])
+    assert served.parent is parents[0]
+    alone = setup.experiment(recipe(workers=1), trains=True, parent=parents[1])
+    assert alone.parent is None
+    assert parents[1].process.returncode is not None
+    parents[0].close()
 
 
 def test_bf16_products_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from fedpilot.manifest import as_json, check_same_run, differences, manifest
 from fedpilot.record import RunDirectory, strict
 from fedpilot.rounds import Evaluate, Observer, Unwatched, measured
 from fedpilot.runs import train
+from fedpilot.startup import Parent
 from fedpilot.stopping import Halted
 from fedpilot.types import Algorithm, Engine
 
@@ -81,19 +82,21 @@ def unwatched(name: str, num_rounds: int) -> AbstractContextManager[Observer]:
     return nullcontext(Unwatched())
 
 
-def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = None) -> Job:
+def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = None, parent: Parent | None = None) -> Job:
     """A new run directory with everything up to the first round.
 
     Args:
         recipe: The configuration.
         path: The run directory, new or empty; ``None`` for a free name in the recipe's ``out``.
         traces: Folder that keeps memory profiles; ``None`` to trace anew.
+        parent: Of worker processes, if there is one already.
 
     Raises:
         FedpilotError: Data, model or directory cannot be had as asked; nothing is written then.
     """
     trackers.check(recipe.run.trackers)
-    experiment = setup.experiment(replace(recipe, methods={}), traces=traces, trains=True)  # a run has one method
+    alone = replace(recipe, methods={})  # a run has one method
+    experiment = setup.experiment(alone, traces=traces, trains=True, parent=parent)
     recipe = experiment.recipe  # now with what was measured on this machine
     where = path or free_path(Path(recipe.run.out), recipe.run.name)
     people = experiment.population
@@ -109,19 +112,20 @@ def start(recipe: Recipe, path: Path | None = None, *, traces: Path | None = Non
     return Job(experiment, directory)
 
 
-def resume(path: Path, *, traces: Path | None = None) -> Job:
+def resume(path: Path, *, traces: Path | None = None, parent: Parent | None = None) -> Job:
     """A run that was stopped, or is done.
 
     Args:
         path: The run directory.
         traces: Folder that keeps memory profiles; ``None`` to trace anew.
+        parent: Of worker processes, if there is one already.
 
     Raises:
         RecordError: There is no run.
     """
     recipe = recipe_of(path)
     trackers.check(recipe.run.trackers)
-    experiment = setup.experiment(recipe, traces=traces, trains=True)
+    experiment = setup.experiment(recipe, traces=traces, trains=True, parent=parent)
     return Job(experiment, opened(path, recipe))
 
 

@@ -15,7 +15,8 @@ import torch
 from fedpilot import base_deltas, tensors
 from fedpilot.engines.in_process import InProcess
 from fedpilot.engines.kept import DiskKept, MemoryKept
-from fedpilot.engines.workers import Parent, Pool, Workers
+from fedpilot.engines.workers import Pool, Workers
+from fedpilot.startup import Parent
 from fedpilot.types import BaseDelta, Failure, Plan, Task, Upload
 from tests import tiny
 from tests.engines import bert_parts, parts
@@ -163,7 +164,7 @@ def test_what_breaks_while_a_workplace_is_set_up_is_raised() -> None:
 SCRIPT = """
 import signal, sys, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-from fedpilot.engines.workers import Parent, Pool, Workers
+from fedpilot.engines.workers import Pool, Workers
 from fedpilot.types import Plan, Task
 from tests.engines import parts
 engine = Workers(parts.Doubling(slow=(3,)), Pool(parts.Toys, 2))

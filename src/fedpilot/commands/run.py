@@ -10,22 +10,38 @@ from fedpilot.comparison import Comparison, Line, rounds_trained, standings, sum
 from fedpilot.config.recipe import load_recipe
 from fedpilot.jobs import Job
 from fedpilot.report import page, plots
+from fedpilot.startup import Parent
 
 
 def begin(
-    recipe: Path | None, overrides: Sequence[str], out: Path | None, resume: Path | None, *, stderr: bool = False
+    recipe: Path | None,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: Path | None,
+    *,
+    parent: Parent | None = None,
+    stderr: bool = False,
 ) -> Job:
-    """The run directory with everything up to the first round; ``stderr`` keeps standard output free."""
+    """The run directory with everything up to the first round.
+
+    Args:
+        recipe: A file, or none for ``resume``.
+        overrides: Of the recipe's settings.
+        out: The run directory, if it is given.
+        resume: That of a run to go on with.
+        parent: Of worker processes, if there is one already.
+        stderr: Whether to keep standard output free.
+    """
     console = display.console_for(stderr=stderr)
     settings = None if recipe is None else load_recipe(recipe, overrides)
     if settings is not None:
         jobs.check_engine(settings)
     with progress.working(console, "loading data and tracing the memory of a training step"):
         if settings is not None:
-            job = jobs.start(settings, out)
+            job = jobs.start(settings, out, parent=parent)
         else:
             assert resume is not None, "the options were checked"
-            job = jobs.resume(resume)
+            job = jobs.resume(resume, parent=parent)
     people = job.experiment.population
     console.print(
         f"{job.recipe.model.source} on {job.recipe.data.source}: {len(people.train)} training and {len(people.test)} "

@@ -24,13 +24,14 @@ from fedpilot.config.traces import Traces
 from fedpilot.config.workplace import MakePlaces, Places, faster_workers
 from fedpilot.engines.in_process import InProcess
 from fedpilot.engines.kept import DiskKept
-from fedpilot.engines.workers import Parent, Pool, Workers
+from fedpilot.engines.workers import Pool, Workers
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.evaluation import combined
 from fedpilot.manifest import package_versions
 from fedpilot.memory import MemoryProfile
 from fedpilot.model import AdaptedModel, ModelSettings, build_model, item_shape, program_of
 from fedpilot.rounds import ServerSite
+from fedpilot.startup import WORKPLACE, Parent
 from fedpilot.stopping import Cadence, EarlyStop, Goal
 from fedpilot.together import Together
 from fedpilot.training import TrainingSettings
@@ -305,7 +306,12 @@ class Experiment:
 
 
 def experiment(
-    recipe: Recipe, *, people: Population | None = None, traces: Path | None = None, trains: bool = False
+    recipe: Recipe,
+    *,
+    people: Population | None = None,
+    traces: Path | None = None,
+    trains: bool = False,
+    parent: Parent | None = None,
 ) -> Experiment:
     """Everything up to the weights; what is measured on this machine is written into its recipe, for the record.
 
@@ -314,6 +320,7 @@ def experiment(
         people: Its population where that is loaded already.
         traces: Folder that keeps memory profiles.
         trains: Whether a run follows, so that what worker processes import may be imported meanwhile.
+        parent: A process that has begun to import that already; is ended where there will be no workers.
 
     Raises:
         FedpilotError: Data, model or plan cannot be had as asked.
@@ -324,7 +331,11 @@ def experiment(
     if recipe.training.autocast == "bf16":
         logger.info("matrix products are bf16, all else is float32")
     soon = trains and recipe.run.engine == "in-process" and _may_have_workers(recipe)
-    parent = Parent(["fedpilot.config.workplace"]) if soon else None
+    if soon:
+        parent = parent or Parent([WORKPLACE])
+    elif parent is not None:
+        parent.close()
+        parent = None
     people = people or load_population(recipe)
     made = dataclasses.replace(_assembled(recipe, people, traces), parent=parent)
     if (

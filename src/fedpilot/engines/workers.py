@@ -22,10 +22,9 @@ import torch
 from fedpilot.engines.kept import HoldsStore, KeptStore
 from fedpilot.engines.wire import Receiver, Sender
 from fedpilot.engines.worker import Workplace
+from fedpilot.startup import Parent
 from fedpilot.types import Algorithm, Failure, Task, Upload
 
-# Ctrl-C in a terminal reaches every process; the engine's decides, also while this one is importing.
-_PROGRAM = "import signal; signal.signal(2, signal.SIG_IGN); from fedpilot.engines.worker import main; main()"
 AHEAD = 2  # tasks that may be under way or waiting to be read, for each worker
 
 
@@ -54,7 +53,7 @@ class Pool:
     """
 
     def __init__(
-        self, make: Callable[[], Workplace], count: int, *, threads: int = 1, parent: "Parent | None" = None
+        self, make: Callable[[], Workplace], count: int, *, threads: int = 1, parent: Parent | None = None
     ) -> None:
         self.count = count
         self._make, self._threads, self._parent = make, threads, parent
@@ -259,30 +258,6 @@ def _error(answer: tuple[Exception, Sequence[str]]) -> Exception:
     return error
 
 
-class Parent:
-    """A process for workers to be forked from, which imports while nobody knows yet what they will work with.
-
-    Args:
-        modules: What it imports at once.
-    """
-
-    def __init__(self, modules: Sequence[str] = ()) -> None:
-        ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        with theirs:
-            self.process = subprocess.Popen(
-                # forking beside torch's idle threads is meant: they hold no locks before anything was trained
-                [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PROGRAM, str(theirs.fileno()), *modules],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-            )
-        self.socket = ours
-        self.connection = Connection(os.dup(ours.fileno()))
-        self.close = weakref.finalize(self, _drop, self.process, self.connection, ours)
-
-
 class _Forge:
     """The process that worker processes are forked from."""
 
@@ -321,13 +296,6 @@ class _Forge:
 
     def _receive(self) -> Any:
         return pickle.loads(self._connection.recv_bytes())
-
-
-def _drop(process: "subprocess.Popen[bytes]", connection: Connection, control: socket.socket) -> None:
-    connection.close()
-    control.close()
-    process.kill()
-    process.wait()
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection, control: socket.socket) -> None:
