@@ -11,8 +11,11 @@ from fedpilot import jobs
 from fedpilot.config import setup
 from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe, load_recipe
+from fedpilot.config.setup import Experiment
 from fedpilot.data import few_widths
+from fedpilot.engines.workers import Pool
 from fedpilot.errors import ConfigError
+from fedpilot.memory import MemoryProfile
 from fedpilot.startup import Parent
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -89,6 +92,32 @@ def test_what_workers_import_is_begun_with_a_run_that_may_have_them_and_with_no_
     assert parent is not None
     pool.close()
     assert parent.process.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("workers", "trains", "deadline", "begun"),
+    [(2, True, False, True), (2, False, False, False), (2, True, True, False), (1, True, False, False)],
+)
+def test_workers_set_themselves_up_while_memory_is_traced_unless_something_they_need_is_to_be_measured(
+    workers: int, trains: bool, deadline: bool, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    profile = Experiment.profile
+
+    def traced(made: Experiment, *args: Any) -> MemoryProfile:
+        order.append("traced")
+        return profile(made, *args)
+
+    monkeypatch.setattr(Pool, "start", lambda pool: order.append("started"))
+    monkeypatch.setattr(Experiment, "profile", traced)
+    asked = recipe(workers=workers)
+    if deadline:
+        asked = replace(asked, clients=replace(asked.clients, deadline_s=(1e9,) * len(asked.clients.memory)))
+    made = setup.experiment(asked, trains=trains)
+    assert ("started" in order) == begun
+    assert order.index("traced") == begun
+    if made.parent is not None:
+        made.parent.close()
 
 
 def test_a_process_that_imports_already_serves_a_run_with_workers_and_ends_where_there_are_none() -> None:

@@ -337,7 +337,10 @@ def experiment(
         parent.close()
         parent = None
     people = people or load_population(recipe)
-    made = dataclasses.replace(_assembled(recipe, people, traces), parent=parent)
+    made = _with_passes(dataclasses.replace(_assembled(recipe, people, traces), parent=parent))
+    timed = recipe.clients.deadline_s and not recipe.clients.flops_per_second
+    if soon and recipe.run.workers != "auto" and not timed and made.pool is not None:
+        made.pool.start()  # nothing that they need is measured: they load the weights while this process traces
     if (
         recipe.baseline is not None
         and recomputes(recipe.baseline)
@@ -347,9 +350,9 @@ def experiment(
     made.profile()
     if device == "cuda" and recipe.clients.overhead_bytes is None:
         made = _with_overhead(made)
-    if recipe.clients.deadline_s and not recipe.clients.flops_per_second:
+    if timed:
         made = _with_speed(made)
-    return _with_workers(_with_passes(made))
+    return _with_workers(made)
 
 
 def _assembled(recipe: Recipe, people: Population, folder: Path | None) -> Experiment:
