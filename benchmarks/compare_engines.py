@@ -1,9 +1,10 @@
 """fedpilot against the usual alternative on the same work: wall time, CPU time, peak memory, accuracy, their ratios.
 
-    python benchmarks/compare_engines.py [--sweep] [--unlike] [--runs 5] [--out FILE.json]
+    python benchmarks/compare_engines.py [--sweep] [--unlike] [--lean] [--runs 5] [--out FILE.json]
 
 The baseline (`flower_trainer/app.py`) runs as its own process in a Python that has flwr[simulation]; ``--python`` names
-it where that is not this one. Both engines run in turn, start-up included. Peak memory is the sum of the proportional
+it where that is not this one. Both engines run in turn, start-up included; with ``--lean`` fedpilot once more, in one
+process with a thread for each core. Peak memory is the sum of the proportional
 set size over a command's processes, sampled every half second.
 """
 
@@ -30,6 +31,7 @@ from fedpilot.config import setup
 from fedpilot.config.population import load_population
 from fedpilot.config.recipe import Recipe, load_recipe
 from fedpilot.planning import trained_blocks
+from fedpilot.training import native_arithmetic
 
 HERE = Path(__file__).parent
 APP = HERE / "flower_trainer" / "app.py"
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sweep", action="store_true", help="find the baseline's best settings first")
     parser.add_argument("--unlike", action="store_true", help="unlike plans and three local epochs")
+    parser.add_argument("--lean", action="store_true", help="also fedpilot in one process")
     parser.add_argument("--set", action="append", default=[], help="override of the recipe, for both sides")
     parser.add_argument("--fedpilot-set", action="append", default=[], help="override for fedpilot alone")
     parser.add_argument("--out", type=Path)
@@ -208,10 +211,14 @@ def main() -> None:
             chosen |= SETTINGS[min(times, key=times.__getitem__)]
         write_job(folder, recipe, blocks, **chosen)
         print(f"baseline with {chosen}", flush=True)
-        sides: dict[str, list[Measured]] = {"baseline": [], "fedpilot": []}
+        ours = {"fedpilot": options.set + options.fedpilot_set}
+        if options.lean:
+            ours["fedpilot, one process"] = [*ours["fedpilot"], "run.workers=1", f"run.threads={os.cpu_count()}"]
+        sides: dict[str, list[Measured]] = {"baseline": [], **{name: [] for name in ours}}
         for number in range(options.runs):
             sides["baseline"].append(run_baseline(options.python, folder))
-            sides["fedpilot"].append(run_fedpilot(recipe_file, options.set + options.fedpilot_set, folder / "run"))
+            for name, overrides in ours.items():
+                sides[name].append(run_fedpilot(recipe_file, overrides, folder / "run"))
             print(f"run {number + 1}: " + ", ".join(f"{k} {v[-1]}" for k, v in sides.items()), flush=True)
     report(sides, chosen, options.out, recipe_file.name)
 
@@ -231,17 +238,24 @@ def report(sides: dict[str, list[Measured]], chosen: dict[str, object], out: Pat
         for side, runs in sides.items()
     }
     ratios = {
-        key: [b / f for b, f in zip(rows["baseline"][key], rows["fedpilot"][key], strict=True)]
-        for key in ("wall_s", "cpu_s", "peak_mib")
+        side: {
+            key: [b / f for b, f in zip(rows["baseline"][key], rows[side][key], strict=True)]
+            for key in ("wall_s", "cpu_s", "peak_mib")
+        }
+        for side in rows
+        if side != "baseline"
     }
     for side, columns in rows.items():
         print(side, {key: f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for key, v in columns.items()})
-    print("ratio", {key: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for key, v in ratios.items()})
+    for side, found in ratios.items():
+        shown = {key: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for key, v in found.items()}
+        print(f"ratio to {side}", shown)
     if out is not None:
         facts = {
             "work": work,
             "date": datetime.date.today().isoformat(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+            "bf16_products": native_arithmetic("cpu") == "bf16",
             "baseline_settings": chosen,
             "runs": rows,
             "ratios": ratios,
