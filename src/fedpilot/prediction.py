@@ -10,7 +10,7 @@ import torch
 
 from fedpilot import data, jobs, training
 from fedpilot.config import setup
-from fedpilot.config.population import data_settings, load_population
+from fedpilot.config.population import data_settings, in_few_widths, load_population
 from fedpilot.config.recipe import Recipe
 from fedpilot.data import EncodedDataset, Rows
 from fedpilot.data.encoded import descending
@@ -135,7 +135,7 @@ class Predictor:
             name="inputs",
             answers=self.recipe.data.answers,
         )
-        return [self._named(row) for row in self.probabilities(encoded)]
+        return [self._named(row) for row in self.probabilities(in_few_widths(self.recipe, encoded))]
 
     @torch.no_grad()
     def probabilities(self, examples: EncodedDataset) -> torch.Tensor:

@@ -111,11 +111,15 @@ def _encoded(recipe: Recipe, rows: data.Rows, source: str, name: str, stage: Cli
         name=name,
         answers=recipe.data.answers,
     )
-    if stage is not None:
-        made = dataclasses.replace(made, side=stage.side(rows))
-    if "bf16" in (recipe.model.dtype, recipe.training.autocast) and not wants_gpu(recipe.run):
-        made = dataclasses.replace(made, widths=data.few_widths(made.longest))
-    return made
+    made = in_few_widths(recipe, made)
+    return made if stage is None else dataclasses.replace(made, side=stage.side(rows))
+
+
+def in_few_widths(recipe: Recipe, examples: EncodedDataset) -> EncodedDataset:
+    """The examples, in batches of few lengths where each shape of a product costs code: in bf16 on a CPU."""
+    if "bf16" not in (recipe.model.dtype, recipe.training.autocast) or wants_gpu(recipe.run):
+        return examples
+    return dataclasses.replace(examples, widths=data.few_widths(examples.longest))
 
 
 def data_settings(recipe: Recipe) -> data.DataSettings:
