@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -478,6 +479,8 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 def test_curves_have_each_round_once_after_a_resume(tmp_path: Path) -> None:
     directory = trained(tmp_path / "run", num_rounds=3)
     shutil.rmtree(directory.checkpoints()[-1])  # as if killed ahead of it: round 3 is done again
+    # TensorBoard reads files in the order of their names: the second, and then a number without leading zeros.
+    time.sleep(1.01)
     resumed(directory, 4)
     events = EventAccumulator(str(directory.path / "tensorboard"))
     events.Reload()
