@@ -117,7 +117,7 @@ def _encoded(recipe: Recipe, rows: data.Rows, source: str, name: str, stage: Cli
 
 def in_few_widths(recipe: Recipe, examples: EncodedDataset) -> EncodedDataset:
     """The examples, in batches of few lengths where each shape of a product costs code: in bf16 on a CPU."""
-    if "bf16" not in (recipe.model.dtype, recipe.training.autocast) or wants_gpu(recipe.run):
+    if recipe.products != "bf16" or wants_gpu(recipe.run):
         return examples
     return dataclasses.replace(examples, widths=data.few_widths(examples.longest))
 

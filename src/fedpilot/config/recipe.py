@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -67,6 +67,11 @@ class Recipe:
     click_model: ClickSettings | None = None
     baseline: AlgorithmSettings | None = None
     methods: Mapping[str, MethodSettings] = field(default_factory=dict)
+
+    @property
+    def products(self) -> Literal["float32", "bf16"]:
+        """Arithmetic of matrix products; a base in bf16 computes in it whatever ``training.autocast`` says."""
+        return "bf16" if "bf16" in (self.model.dtype, self.training.autocast) else "float32"
 
     @property
     def safeguards(self) -> Safeguards:
@@ -222,8 +227,7 @@ def read_recipe(
         training = dataclasses.replace(recipe.training, autocast=native_arithmetic(device))
         recipe = dataclasses.replace(recipe, training=training)
     if recipe.model.attention == "auto":
-        products = "bf16" if "bf16" in (recipe.model.dtype, recipe.training.autocast) else "float32"
-        attention = faster_attention(device, products, recipe.model.max_length)
+        attention = faster_attention(device, recipe.products, recipe.model.max_length)
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, attention=attention))
     data = dataclasses.replace(recipe.data, task=task, public_fraction=public)
     if recipe.recommendation is not None:

@@ -72,7 +72,7 @@ class EncodedDataset:
         name: What it is called in messages.
         answers: Token of each class, where a language model chooses among answers; else empty.
         side: Further columns of a batch by name, (n, ...) each, that no base model reads: a user vector.
-        widths: Lengths that batches are padded to, rising; a batch takes the least that holds it. None: its longest's.
+        widths: Lengths that batches are padded to, rising; a batch takes the least that holds it. Empty: its own.
     """
 
     store: Store
@@ -160,7 +160,7 @@ class EncodedDataset:
 
 
 def few_widths(longest: int) -> tuple[int, ...]:
-    """Lengths up to ``longest``, eight to an octave: padding to them adds less than an eighth, a sixteenth on average.
+    """Lengths up to ``longest``, eight to an octave: padding adds less than an eighth, a few per cent on average.
 
     oneDNN, which multiplies bf16 matrices on a CPU, generates code for each shape that it meets, and keeps it: half a
     millisecond and half a MiB for each of a model's twenty kinds of product.
