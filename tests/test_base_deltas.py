@@ -75,17 +75,20 @@ def test_whoever_replays_has_the_servers_bits_whatever_it_missed(seed: int) -> N
             assert tensors.digest(held[int(client)][0]) == tensors.digest(base_deltas.total(base))
 
 
-def test_a_download_is_what_is_missing_and_nothing_else() -> None:
-    base = log(4)
-    assert base.snapshot_version == 0
-    one = tensors.num_bytes(step(0))
-    assert [base_deltas.num_bytes(base_deltas.since(base, version)) for version in range(5)] == [
-        *(4 * one, 3 * one, 2 * one, one, 0)
-    ]
-    long = log(29)
-    late = base_deltas.since(long, 1)
-    assert base_deltas.download(late) == (long.snapshot, *long.steps)
-    assert base_deltas.num_bytes(late) <= 2 * 4 * sum(m * n for m, n in SHAPES.values())
+@pytest.mark.parametrize(("length", "rank"), [(4, 2), (12, 2), (29, 2), (15, 9)])
+def test_a_download_is_the_smaller_of_what_is_missing_and_of_all(length: int, rank: int) -> None:
+    whole = 4 * sum(m * n for m, n in SHAPES.values())
+    made = [tensors.num_bytes(step(seed, rank)) for seed in range(length)]
+    base = log(length, rank)
+    for version in range(length + 1):
+        wanted = base_deltas.since(base, version)
+        travels = base_deltas.travelling(wanted)
+        missing = sum(made[version:])
+        exact = missing if version >= base.snapshot_version else whole
+        assert base_deltas.num_bytes(wanted) == min(exact, whole) == min(missing, whole)
+        assert base_deltas.num_bytes(wanted) == sum(map(tensors.num_bytes, (travels.snapshot, *travels.steps)))
+        held = base_deltas.total(log(version, rank))
+        assert tensors.digest(base_deltas.replayed(held, travels)) == tensors.digest(base_deltas.total(base))
 
 
 def test_a_version_of_the_future_is_refused() -> None:

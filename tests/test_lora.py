@@ -211,3 +211,17 @@ def test_a_padded_slot_mean_is_the_mean_of_padded_terms_bit_for_bit() -> None:
         mean.add(term, weight)
     ideal = tensors.weighted_mean((toy.pad(term, 4), weight) for term, weight in parts)
     assert tensors.digest(mean.result()) == tensors.digest(ideal)
+
+
+def test_padding_goes_up_to_the_largest_rank_that_came_and_what_lies_above_is_kept() -> None:
+    present = toy.random_adapter(SPEC, 5, 9)
+    parts = [(toy.random_adapter(SPEC, rank, rank), 2.0 + 5 * rank) for rank in (2, 3, 1)]
+    mean = lora.SlotMean(present, padded=True)
+    for term, weight in parts:
+        mean.add(term, weight)
+    ideal = tensors.weighted_mean((toy.pad(term, 3), weight) for term, weight in parts)
+    found = mean.result()
+    assert tensors.digest(lora.truncate(found, dict.fromkeys(SPEC.modules, 3))) == tensors.digest(ideal)
+    for module in SPEC.modules:
+        assert torch.equal(found[lora.a_name(module)][3:], present[lora.a_name(module)][3:])
+        assert torch.equal(found[lora.b_name(module)][:, 3:], present[lora.b_name(module)][:, 3:])

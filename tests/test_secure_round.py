@@ -133,6 +133,18 @@ def test_a_round_is_the_plain_one_up_to_the_quantisation(name: str, profile: Mem
         assert {"advertise", "share", "clients", "unmask"} <= record.seconds.keys()
 
 
+def test_a_slot_that_nobody_in_a_round_holds_is_kept_as_in_a_plain_one(profile: MemoryProfile) -> None:
+    algorithm = METHODS["hetlora uniform"](profile)
+    poorest = min(client.memory_bytes for client in tiered(profile))
+    clients = tuple(replace(client, memory_bytes=poorest) for client in CLIENTS)
+    [(plain, _)] = rounds_of(algorithm, secure=None, clients=clients)
+    [(summed, record)] = rounds_of(algorithm, clients=clients)
+    assert {rank for plan in record.plans for rank in plan.ranks.values()} == {1}
+    for name in (name for name in plain if name.endswith("lora_A")):
+        assert torch.equal(summed[name][1:], plain[name][1:])
+        assert summed[name][1:].any()
+
+
 def test_plans_of_the_compared_rounds_are_unlike(profile: MemoryProfile) -> None:
     """Or the comparison would say nothing of ranks and holders."""
     clients = tiered(profile)

@@ -141,7 +141,7 @@ class AggregationError(Generic[State]):
 def _steps_between(before: BaseDelta, after: BaseDelta) -> Sequence[Tensors]:
     """What was added to the base since."""
     if before.version >= after.snapshot_version:
-        return base_deltas.download(base_deltas.since(after, before.version))
+        return base_deltas.steps_after(after, before.version)
     old: Mapping[str, torch.Tensor] = base_deltas.total(before)
     return [base_deltas.total(after), {name: -tensor for name, tensor in old.items()}]
 

@@ -2,7 +2,8 @@
 
 `types.BaseDelta` says what it holds. A version is a sum in a fixed order, so replaying from any earlier version gives
 the server's bits. Old steps are folded into a dense snapshot as soon as they are larger than it: a log is never more
-than twice the size of the weights that it changes, and neither is a download.
+than twice the size of the weights that it changes. Where the steps that a client lacks are larger than their sum, or
+folded, the sum travels: a download is never larger than those weights.
 """
 
 from collections.abc import Iterable, Mapping
@@ -103,16 +104,23 @@ def lacking(base: BaseDelta, held: Mapping[int, int], client_id: int) -> BaseDel
     return since(base, held.get(client_id, 0))
 
 
-def download(base: BaseDelta) -> tuple[Tensors, ...]:
-    """What travels to a client of version ``base.since``: the steps it lacks, behind the snapshot if it is older."""
-    if base.since >= base.snapshot_version:
-        return base.steps[base.since - base.snapshot_version :]
-    return (base.snapshot, *base.steps)
+def steps_after(base: BaseDelta, version: int) -> tuple[Tensors, ...]:
+    """The steps that were made since a version; it must not be older than the snapshot."""
+    return base.steps[version - base.snapshot_version :]
+
+
+def travelling(base: BaseDelta) -> BaseDelta:
+    """The log as it travels to a client of version ``base.since``: the steps that it lacks, or the sum of all."""
+    if _whole(base):
+        return BaseDelta(base.version, total(base), base.version, (), base.since)
+    return BaseDelta(base.version, {}, base.since, steps_after(base, base.since), base.since)
 
 
 def num_bytes(base: BaseDelta) -> int:
     """Bytes of the download."""
-    return sum(map(tensors.num_bytes, download(base)))
+    if _whole(base):
+        return _dense_bytes([base.snapshot, *base.steps])
+    return sum(map(tensors.num_bytes, steps_after(base, base.since)))
 
 
 def replayed(held: Tensors, base: BaseDelta) -> Tensors:
@@ -123,8 +131,16 @@ def replayed(held: Tensors, base: BaseDelta) -> Tensors:
         base: What was downloaded.
     """
     if base.since >= base.snapshot_version:
-        return added(held, download(base))
+        return added(held, steps_after(base, base.since))
     return total(base)
+
+
+def _whole(base: BaseDelta) -> bool:
+    """Whether the sum travels: steps that are lacking are folded, or larger than it."""
+    if base.since < base.snapshot_version:
+        return True
+    lacking = steps_after(base, base.since)
+    return sum(map(tensors.num_bytes, lacking)) > _dense_bytes([base.snapshot, *base.steps])
 
 
 def _dense_bytes(parts: Iterable[Tensors]) -> int:

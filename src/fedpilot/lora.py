@@ -275,7 +275,8 @@ class SlotMean:
 
     Args:
         present: Present values of all tensors; their shapes are those of the result.
-        padded: Whether a slot that a client lacks counts as a zero of its weight (HetLoRA).
+        padded: Whether a slot that a client lacks, up to the largest rank that was sent, counts as a zero of its weight
+            (HetLoRA).
     """
 
     def __init__(self, present: Tensors, *, padded: bool = False) -> None:
@@ -306,9 +307,13 @@ class SlotMean:
 
     def _mean(self, name: str) -> torch.Tensor:
         total, held, dim = self._sums[name], self._held[name], _slot_dim(name)
-        if dim is None or self._padded or held.keys() == {total.shape[dim]}:
-            return total / sum(held.values())
-        slots = [sum(weight for count, weight in held.items() if count > slot) for slot in range(max(held))]
+        whole = sum(held.values())
+        if dim is None or max(held) == total.shape[dim] and (self._padded or len(held) == 1):
+            return total / whole
+        slots = [
+            whole if self._padded else sum(weight for count, weight in held.items() if count > slot)
+            for slot in range(max(held))
+        ]
         shape = (-1, 1) if dim == 0 else (1, -1)
         mean = total.narrow(dim, 0, len(slots)) / torch.tensor(slots, dtype=total.dtype).reshape(shape)
         return torch.cat([mean, self._present[name].narrow(dim, len(slots), total.shape[dim] - len(slots))], dim=dim)

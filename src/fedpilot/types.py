@@ -594,7 +594,8 @@ class Averaging:
         same_names: Whether every client sends the same tensors.
         tensors_only: Whether nothing else that clients send or were measured to be changes state or plans: no scores,
             ranks or counts of steps.
-        padded: Whether a slot of a pair that a client lacks counts as a zero of its weight.
+        padded: Whether a slot of a pair that a client lacks, up to the round's largest rank, counts as a zero of its
+            weight.
     """
 
     uniform: bool

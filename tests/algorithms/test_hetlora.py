@@ -182,6 +182,30 @@ def test_the_rank_is_the_largest_that_fits(profile: MemoryProfile) -> None:
         assert plan.peak_bytes == peak
 
 
+def test_slots_that_a_poor_round_lacks_are_there_for_the_next_rich_one(profile: MemoryProfile) -> None:
+    algorithm = hetlora(profile, gamma=1.0)
+    state = HetLoRAState(toy.random_adapter(SPEC, 4))
+    poor = algorithm.aggregate(state, [upload(toy.random_adapter(SPEC, 2, 7), client_id=1)])
+    sent = algorithm.distribute(poor, task(poor.adapter, 4).plan).tensors
+    for module in MODULES:
+        assert sent[lora.a_name(module)][2:].any(dim=1).all()
+        assert torch.equal(sent[lora.a_name(module)][2:], state.adapter[lora.a_name(module)][2:])
+
+
+@pytest.mark.parametrize("said", [None, float("nan"), 0.0, 9.0])
+def test_a_rank_is_what_came_and_not_what_a_client_says(profile: MemoryProfile, said: float | None) -> None:
+    algorithm = hetlora(profile, r_min=2)
+    metrics = {} if said is None else {"rank": said}
+    state = HetLoRAState(toy.random_adapter(SPEC, 4))
+    for rank, remembered in ((3, 3), (1, 2)):
+        lie = replace(upload(toy.random_adapter(SPEC, rank), client_id=5), metrics=metrics)
+        after = algorithm.aggregate(state, [lie])
+        assert after.ranks == {5: remembered}
+        (plan,) = algorithm.plan(after, [ClientProfile(5, 5, PLENTY)], np.random.default_rng(0))
+        assert isinstance(plan, Plan)
+        assert set(plan.ranks.values()) == {remembered}
+
+
 @pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": 5}, {"gamma": 0.0}, {"gamma": 1.5}])
 def test_impossible_settings_are_refused(profile: MemoryProfile, options: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="must lie in"):

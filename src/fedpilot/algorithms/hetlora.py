@@ -3,8 +3,9 @@
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", 2024, arXiv 2401.06432v2.
 
 Differs from the paper: ranks are the largest that fit a client's memory (the paper draws them at random); one norm a
-client over all modules weighs it by default (the paper leaves open whether norms are per module); the dense head,
-which the paper does not have, is averaged by examples.
+client over all modules weighs it by default (the paper leaves open whether norms are per module); slots above the
+largest rank of a round are kept for richer rounds; the dense head, which the paper does not have, is averaged by
+examples.
 """
 
 import math
@@ -23,7 +24,7 @@ from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelS
 
 @dataclass(frozen=True)
 class HetLoRAState:
-    """The global adapter at rank r_max and the ranks that clients have pruned themselves to."""
+    """The global adapter at rank r_max and the ranks that clients came back with, which they never exceed again."""
 
     adapter: Tensors
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -96,14 +97,15 @@ class HetLoRA:
         return Upload(site.profile.client_id, site.profile.num_examples, trained, {**metrics, "rank": float(rank)})
 
     def aggregate(self, state: HetLoRAState, uploads: Iterable[Upload]) -> HetLoRAState:
-        """A = Σ p_k pad(A_k), B = Σ p_k pad(B_k), with p_k in proportion to S_k.
+        """A = Σ p_k pad(A_k), B = Σ p_k pad(B_k), with p_k in proportion to S_k; pad to max r_k of the round.
 
-        The padding is averaged in, as the paper does: a slot that few clients hold shrinks by what the others weigh.
+        The padding is averaged in, as the paper does: a slot that few clients hold shrinks by what the others weigh. One
+        that nobody in the round holds stays as it was: zeros in both factors would never train again.
         """
         mean = lora.SlotMean(state.adapter, padded=True)
         ranks = dict(state.ranks)
         for upload in uploads:
-            ranks[upload.client_id] = int(upload.metrics["rank"])
+            ranks[upload.client_id] = max(self.r_min, _rank(upload))
             for weight, names in self._weights(upload):
                 mean.add(tensors.select(upload.tensors, names), weight)
         return HetLoRAState(adapter={**state.adapter, **mean.result()}, ranks=ranks)
@@ -124,6 +126,11 @@ class HetLoRA:
             yield sparsity(upload.tensors, modules), lora.names(modules)
         else:
             yield upload.weight(self.weights), lora.names(modules)
+
+
+def _rank(upload: Upload) -> int:
+    """The largest rank that came; what the client says of it is for people."""
+    return max((upload.tensors[lora.a_name(m)].shape[0] for m in lora.modules_of(upload.tensors)), default=0)
 
 
 def tail_norm(adapter: Tensors, q: int) -> torch.Tensor:

@@ -185,7 +185,7 @@ class Sums:
             padded: Whether a slot that a client lacks counts as a zero of its weight; else it does not count.
 
         Returns:
-            Each tensor that somebody held; without padding, a slot that nobody held as it was.
+            Each tensor that somebody held; a slot that nobody held as it was.
         """
         return dict(self._moved(present, padded))
 
@@ -200,7 +200,7 @@ class Sums:
                 shape[axis] = -1
             of_slot = held.reshape(shape)
             mean = (old * of_slot + change) / held.max() if padded else old + change / of_slot.clamp(min=1.0)
-            yield name, mean.to(present[name].dtype)
+            yield name, torch.where(of_slot > 0, mean, old).to(present[name].dtype)
 
     def _means(self, present: Tensors, total_weight: float | None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in self.values.items():

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NoReturn, TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ from fedpilot import attachments, base_deltas
 from fedpilot.errors import ClientError, PlanError, UploadError
 from fedpilot.types import Attachment, BaseDelta, Fresh, Plan, Task, Tensors, Upload
 
-FORMAT = 1
+FORMAT = 2
 MOST_MANIFEST_BYTES = 32 * 2**20
 MOST_DIMENSIONS = 8
 LONGEST_REASON = 4096
@@ -107,13 +107,14 @@ def encode_task(task: Task, stamp: Stamp) -> Packed:
     Raises:
         ClientError: A tensor is of a dtype that does not travel.
     """
-    plan, base = task.plan, task.base_delta
+    plan, base = task.plan, base_deltas.travelling(task.base_delta)
     names = list(task.tensors)
     position = {name: index for index, name in enumerate(names)}
     drawn = frozenset[str]() if task.fresh is None else task.fresh.names
     writer = _Writer()
     entries = [writer.listed(name, tensor, travels=name not in drawn) for name, tensor in task.tensors.items()]
-    steps = [[writer.listed(name, t, travels=True) for name, t in step.items()] for step in base_deltas.download(base)]
+    parts = base.steps if base.since == base.snapshot_version else (base.snapshot,)
+    steps = [[writer.listed(name, t, travels=True) for name, t in step.items()] for step in parts]
     extra = [writer.listed(name, tensor, travels=True) for name, tensor in task.extra.items()]
     body = {
         "tensors": entries,
@@ -245,18 +246,19 @@ def _read_base(reader: "_Reader", base: Json) -> BaseDelta:
     reader.keys(base, "version", "since", "folded", "steps")
     version = reader.integer(base.get("version"), "version", 0)
     since = reader.integer(base.get("since"), "since", 0, version)
-    return BaseDelta(version, {}, reader.integer(base.get("folded"), "folded", 0, version), (), since)
+    folded = reader.integer(base.get("folded"), "folded", since, version)
+    if folded not in (since, version):
+        reader.refuse(f"folded must be {since}, what is there, or {version}, all of it, got {folded}")
+    return BaseDelta(version, {}, folded, (), since)
 
 
 def _with_steps(reader: "_Reader", log: BaseDelta, changes: Sequence[Tensors]) -> BaseDelta:
-    """The log with what travelled: steps after ``since``, or the snapshot and all that follow it."""
+    """The log with what travelled: steps after ``since``, or their sum."""
     whole = log.since < log.snapshot_version
-    expected = 1 + log.version - log.snapshot_version if whole else log.version - log.since
+    expected = 1 if whole else log.version - log.since
     if len(changes) != expected:
         reader.refuse(f"base of version {log.version} must come in {expected} parts, got {len(changes)}")
-    if whole:
-        return BaseDelta(log.version, changes[0], log.snapshot_version, tuple(changes[1:]), log.since)
-    return BaseDelta(log.version, {}, log.since, tuple(changes), log.since)
+    return replace(log, snapshot=changes[0]) if whole else replace(log, steps=tuple(changes))
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
