@@ -309,6 +309,25 @@ def test_operations_are_those_that_torch_counts_over_the_real_step() -> None:
         assert memory.seconds(profile, plan, 4.0, 10) == counter.get_total_flops() * 10 / 4
 
 
+def test_the_operations_of_a_scoring_pass_are_those_that_torch_counts() -> None:
+    """But for the gradient of the head's weight, which a training step has and a scoring pass has not."""
+    model, profile = model_of("vit", "cpu"), profile_of("vit")
+    names = frozenset(lora.names(lora.blocks_modules(model.spec, range(1, model.spec.num_blocks))))
+    ranks = dict.fromkeys(model.spec.modules, 2)
+    plan = Plan(0, ranks, frozenset(model.spec.head), scored=names, checkpointed=frozenset({1}))
+    program = model.program(plan, training_of("vit"))
+    model.set_trainable(names)
+    model.eval_recomputing()
+    with FlopCounterMode(display=False) as counter:
+        model.loss(dict(zip(("pixel_values", "labels"), program.batch, strict=True))).backward()
+    (weight,) = (program.parameters[name] for name in model.spec.head if program.parameters[name].dim() == 2)
+    per_pass = counter.get_total_flops() + 2 * profile.batch * weight.numel()
+    training = memory.seconds(profile, plan, 1.0, 3)
+    for examples, passes in ((0, 0), (1, 1), (profile.batch, 1), (2 * profile.batch + 1, 3)):
+        assert memory.seconds(profile, plan, 1.0, 3, examples) == training + passes * per_pass
+    assert memory.seconds(profile, replace(plan, scored=frozenset()), 1.0, 3, profile.batch) == training
+
+
 def test_the_scoring_pass_needs_no_more_than_is_counted_for_it() -> None:
     model, profile = model_of("bert", "cpu"), profile_of("bert")
     modules = lora.blocks_modules(model.spec, [11])

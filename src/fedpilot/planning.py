@@ -76,11 +76,19 @@ def max_flops(client: ClientProfile) -> float | None:
     return client.deadline_s * client.flops_per_second / client.num_steps
 
 
-def priced(profile: MemoryProfile, plan: Plan, client: ClientProfile) -> Plan:
-    """The plan with its predicted peak and, where the client's speed is known, its predicted seconds."""
+def priced(profile: MemoryProfile, plan: Plan, client: ClientProfile, num_scored: int = 0) -> Plan:
+    """The plan with its predicted peak and, where the client's speed is known, its predicted seconds.
+
+    Args:
+        profile: Costs.
+        plan: What is trained, and what is scored beforehand.
+        client: Whose.
+        num_scored: Examples that are scored on, where the plan scores and the client has as many.
+    """
     seconds = None
     if client.flops_per_second is not None:
-        seconds = memory.seconds(profile, plan, client.flops_per_second, client.num_steps)
+        scored = min(num_scored, client.num_examples)
+        seconds = memory.seconds(profile, plan, client.flops_per_second, client.num_steps, scored)
     return replace(plan, peak_bytes=memory.peak_bytes(profile, plan), seconds=seconds)
 
 
@@ -377,15 +385,25 @@ def _as_array(limits: Sequence[float | None]) -> np.ndarray:
     return np.array([2.0**62 if limit is None else limit for limit in limits])
 
 
-def affordable_suffix(profile: MemoryProfile, spec: ModelSpec, client: ClientProfile, rank: int) -> range:
-    """The deepest blocks whose gradients the client can measure at once; empty where it can measure none."""
+def scoring(profile: MemoryProfile, spec: ModelSpec, plan: Plan, client: ClientProfile, num_scored: int) -> Plan:
+    """The plan, which also scores the deepest blocks that it can within the client's budget and deadline.
+
+    Scoring runs as training does: in the plan's micro-batches, and recomputing what it recomputes. Its time is on top of
+    the training's. Where not even the last block can be scored, the plan is what it was.
+
+    Args:
+        profile: Costs.
+        spec: The model.
+        plan: Of the client; it holds every pair.
+        client: Whose.
+        num_scored: Examples that are scored on, where the client has as many.
+    """
     for first in range(spec.num_blocks):
-        blocks = range(first, spec.num_blocks)
-        names = frozenset(lora.names(lora.blocks_modules(spec, blocks)))
-        plan = Plan(client.client_id, dict.fromkeys(spec.modules, rank), trainable=frozenset(), scored=names)
-        if memory.peak_bytes(profile, plan) <= client.memory_bytes:
-            return blocks
-    return range(0)
+        names = frozenset(lora.names(lora.blocks_modules(spec, range(first, spec.num_blocks))))
+        scored = priced(profile, replace(plan, scored=names), client, num_scored)
+        if fits(scored, client):
+            return scored
+    return plan
 
 
 MOST_SEQUENCES = 256

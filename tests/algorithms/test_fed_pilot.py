@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import toy
 
-from fedpilot import lora, tensors
+from fedpilot import lora, memory, tensors
 from fedpilot.algorithms.fed_pilot import FedPilot, FedPilotState
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
@@ -119,13 +119,32 @@ def test_global_scores_run_over_refreshes(profile: MemoryProfile) -> None:
     assert second.global_scores == pytest.approx({1: 0.25 * 1.5 + 0.75 * 1.0, 2: 0.25 * 0.5 + 0.75 * 1.0})
 
 
+def test_what_another_common_block_does_to_units_does_not_move_global_scores(profile: MemoryProfile) -> None:
+    """The same truth, 4 : 2 : 1, first in units of its mean, then in units of block 2, which all measured."""
+    algorithm = pilot(profile)
+    first = algorithm.aggregate(state_of(1.0), [upload_with_scores(0, 1, {0: 4.0, 1: 2.0, 2: 1.0})])
+    poor, rich = upload_with_scores(1, 3, {2: 1.0}), upload_with_scores(0, 1, {0: 4.0, 1: 2.0, 2: 1.0})
+    second = algorithm.aggregate(first, [rich, poor])
+    assert second.global_scores == pytest.approx(first.global_scores)
+    third = algorithm.aggregate(second, [upload_with_scores(1, 3, {2: 9.0})])
+    assert third.global_scores == pytest.approx(first.global_scores)
+
+
 def test_the_mix_is_local_where_affordable_and_global_elsewhere(profile: MemoryProfile) -> None:
+    """The scored blocks 1 and 2 are worth .75 globally, of which the client's own scores give .75 to block 1."""
     state = replace(state_of(1.0), global_scores={0: 1.0, 1: 2.0, 2: 1.0}, local_scores={7: {1: 3.0, 2: 1.0}})
     mixed = pilot(profile, lam=0.5).combined_scores(state, 7)
-    assert mixed == pytest.approx({0: 0.25, 1: 0.5 * 0.75 + 0.5 * 0.5, 2: 0.5 * 0.25 + 0.5 * 0.25})
+    assert mixed == pytest.approx({0: 0.25, 1: 0.5 * 0.75 * 0.75 + 0.5 * 0.5, 2: 0.5 * 0.75 * 0.25 + 0.5 * 0.25})
+    assert sum(mixed.values()) == pytest.approx(1.0)
     assert pilot(profile, lam=0.0).combined_scores(state, 7) == pytest.approx({0: 0.25, 1: 0.5, 2: 0.25})
-    assert pilot(profile, lam=1.0).combined_scores(state, 7) == pytest.approx({0: 0.25, 1: 0.75, 2: 0.25})
+    assert pilot(profile, lam=1.0).combined_scores(state, 7) == pytest.approx({0: 0.25, 1: 0.5625, 2: 0.1875})
     assert pilot(profile).combined_scores(state, 8) == pytest.approx({0: 0.25, 1: 0.5, 2: 0.25})
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_no_block_gains_by_being_affordable(lam: float, profile: MemoryProfile) -> None:
+    state = replace(state_of(1.0), global_scores={0: 2.0, 1: 2.0, 2: 2.0}, local_scores={7: {1: 3.0, 2: 3.0}})
+    assert pilot(profile, lam=lam).combined_scores(state, 7) == pytest.approx(dict.fromkeys(range(3), 1 / 3))
 
 
 def test_all_scores_zero_gives_equal_values_instead_of_nan(profile: MemoryProfile) -> None:
@@ -134,16 +153,36 @@ def test_all_scores_zero_gives_equal_values_instead_of_nan(profile: MemoryProfil
     assert list(values.values()) == pytest.approx([1 / 3] * 3)
 
 
-def test_scores_are_asked_for_after_the_warm_up_at_refreshes_and_of_newcomers(profile: MemoryProfile) -> None:
+def test_scores_are_asked_for_after_the_warm_up_and_at_refreshes(profile: MemoryProfile) -> None:
     algorithm = pilot(profile, warmup_rounds=1, refresh_every=3)
     clients = [ClientProfile(k, 5, PLENTY) for k in range(2)]
     asked = []
     for done in range(5):
-        known = {0: {2: 1.0}} if done > 1 else {}
-        state = replace(state_of(1.0), round=done, local_scores=known)
+        state = replace(state_of(1.0), round=done, local_scores={0: {2: 1.0}})
         plans = algorithm.plan(state, clients, np.random.default_rng(0))
         asked.append([bool(plan.scored) for plan in plans if isinstance(plan, Plan)])
-    assert asked == [[False, False], [True, True], [False, True], [False, True], [True, True]]
+    assert asked == [[False, False], [True, True], [False, False], [False, False], [True, True]]
+
+
+def test_a_round_that_measures_takes_longer_and_keeps_the_deadline(profile: MemoryProfile) -> None:
+    algorithm = pilot(profile, ig_examples=5)
+    client = ClientProfile(0, 9, PLENTY, num_steps=3, flops_per_second=1e3)
+
+    def planned(done: int, deadline: float | None) -> Plan:
+        state = replace(state_of(1.0), round=done)
+        (plan,) = algorithm.plan(state, [replace(client, deadline_s=deadline)], np.random.default_rng(0))
+        assert isinstance(plan, Plan)
+        assert plan.seconds is not None
+        return plan
+
+    plain, measuring = planned(0, None), planned(1, None)
+    assert measuring.trainable == plain.trainable
+    assert measuring.seconds == memory.seconds(profile, measuring, 1e3, 3, 5) > plain.seconds
+    assert planned(1, measuring.seconds).scored == measuring.scored
+    fewer = planned(1, (plain.seconds + measuring.seconds) / 2)
+    assert fewer.trainable == plain.trainable
+    assert fewer.scored < measuring.scored
+    assert not planned(1, plain.seconds).scored
 
 
 def test_a_poor_client_scores_only_what_fits_it(profile: MemoryProfile) -> None:

@@ -12,7 +12,7 @@ Fisher allocation is in force until the next refresh, not for one round; other b
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -81,8 +81,10 @@ class FedHello:
         solver: planning.Sampler = "ranked" if self.allocation == "geometric" else "weighted"
         allocate = planning.BlockAllocation(self.spec, self.profile, self.rank, (self.rank,), solver=solver)
         plans = allocate(cohort, [self.selection_weights(state)] * len(cohort), rng)
+        if not self._measures(state):
+            return plans
         return [
-            planning.priced(self.profile, replace(plan, scored=self._scored(state, client)), client)
+            planning.scoring(self.profile, self.spec, plan, client, self.fim_examples)
             if isinstance(plan, Plan)
             else plan
             for plan, client in zip(plans, cohort, strict=True)
@@ -135,11 +137,7 @@ class FedHello:
         scores = [state.fim.get(block, unknown) for block in range(self.spec.num_blocks)]
         return dict(enumerate(cluster_weights(scores)))
 
-    def _scored(self, state: FedHelloState, client: ClientProfile) -> frozenset[str]:
-        """Pairs of the affordable blocks in a round that measures, nothing otherwise."""
+    def _measures(self, state: FedHelloState) -> bool:
+        """Whether scores are measured in the coming round."""
         since = state.round - self.warmup_rounds
-        due = since >= 0 and (since % self.refresh_every == 0 or not state.fim)
-        if self.allocation != "fim" or not due:
-            return frozenset()
-        blocks = planning.affordable_suffix(self.profile, self.spec, client, self.rank)
-        return frozenset(lora.names(lora.blocks_modules(self.spec, blocks)))
+        return self.allocation == "fim" and since >= 0 and (since % self.refresh_every == 0 or not state.fim)

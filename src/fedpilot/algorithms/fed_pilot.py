@@ -10,8 +10,8 @@ mixed with a global score; v1 aggregates by STAgg with Dynamic Weight Adjustment
 mix of scores, the comparison of clients that can afford unlike depths, and the formulas of both aggregations.
 
 Differs from the paper: costs are the true, non-additive ones and the optimum is exact (``solver = "additive"`` is the
-paper's knapsack); the server solves it, with the scores that clients sent in an earlier round; a client that has no
-score yet measures one when it is first sampled after the warm-up.
+paper's knapsack); the server solves it, with the scores that clients sent in an earlier round; a client that was in no
+round that measured is planned by the global score alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,10 +132,10 @@ class FedPilot:
         )
         values = [self.combined_scores(state, client.client_id) for client in cohort]
         plans = allocate([self._in_time(client) for client in cohort], values, rng)
+        if not self._measures(state):
+            return plans
         return [
-            planning.priced(self.profile, replace(plan, scored=self._scored(state, client)), client)
-            if isinstance(plan, Plan)
-            else plan
+            planning.scoring(self.profile, self.spec, plan, client, self.ig_examples) if isinstance(plan, Plan) else plan
             for plan, client in zip(plans, cohort, strict=True)
         ]
 
@@ -194,9 +194,11 @@ class FedPilot:
     # --- values -----------------------------------------------------------------------------------------------------
 
     def combined_scores(self, state: FedPilotState, client_id: int) -> Scores:
-        """Γ''_j = λ Γ̂_j + (1 - λ) Γ̄̂_j where the client can afford block j, Γ̄̂_j elsewhere; hats sum to 1.
+        """Γ''_j = λ S Γ̂_j + (1 - λ) Γ̄̂_j where the client could afford to score block j, Γ̄̂_j elsewhere.
 
-        Before the first measurement every block is worth the same, and so is a block that nobody could score the mean.
+        Γ̂ sums to 1 over the blocks that the client scored, Γ̄̂ over all; S, the sum of Γ̄̂ over the scored ones, makes
+        them comparable: no block gains or loses by being affordable, and Γ'' sums to 1. Before the first measurement every
+        block is worth the same, and so is a block that nobody could score the mean.
         """
         known = state.global_scores
         if not known:
@@ -204,19 +206,19 @@ class FedPilot:
         unknown = sum(known.values()) / len(known)
         overall = _normalised({j: known.get(j, unknown) for j in range(self.spec.num_blocks)})
         local = _normalised(state.local_scores.get(client_id, {}))
-        return {j: self.lam * local[j] + (1 - self.lam) * g if j in local else g for j, g in overall.items()}
+        share = sum(overall[j] for j in local)
+        return {j: self.lam * share * local[j] + (1 - self.lam) * g if j in local else g for j, g in overall.items()}
 
-    def _scored(self, state: FedPilotState, client: ClientProfile) -> frozenset[str]:
-        """Pairs of the affordable blocks in a round that measures scores, nothing otherwise."""
+    def _measures(self, state: FedPilotState) -> bool:
+        """Whether scores are measured in the coming round: every E rounds, and never for a solver that ignores them."""
         since_warmup = state.round - self.warmup_rounds
-        due = since_warmup % self.refresh_every == 0 or client.client_id not in state.local_scores
-        if self.solver not in ("exact", "additive") or since_warmup < 0 or not due:
-            return frozenset()
-        blocks = planning.affordable_suffix(self.profile, self.spec, client, self.rank)
-        return frozenset(lora.names(lora.blocks_modules(self.spec, blocks)))
+        return self.solver in ("exact", "additive") and since_warmup >= 0 and since_warmup % self.refresh_every == 0
 
     def _with_scores(self, state: FedPilotState, measured: Mapping[int, tuple[int, Scores]]) -> FedPilotState:
-        """Γ̄_j over the clients that measured block j, each divided by its mean over the blocks that all measured."""
+        """Γ̄_j over the clients that measured block j, each divided by its mean over the blocks that all measured.
+
+        Those blocks are others in every round, so the newest scores are brought to the units of the running ones.
+        """
         if not measured:
             return state
         common = frozenset.intersection(*(frozenset(scores) for _, scores in measured.values()))
@@ -227,17 +229,16 @@ class FedPilot:
             for j, score in scores.items():
                 sums[j] = sums.get(j, 0.0) + num_examples * (score / unit if unit > 0 else 1.0)
                 counts[j] = counts.get(j, 0.0) + num_examples
-        newest = {j: sums[j] / counts[j] for j in sums}
+        known, newest = state.global_scores, {j: sums[j] / counts[j] for j in sums}
+        again = known.keys() & newest.keys()
+        before, now = sum(known[j] for j in again), sum(newest[j] for j in again)
+        units = before / now if before > 0 and now > 0 else 1.0
         running = {
-            j: self.score_ema * value + (1 - self.score_ema) * state.global_scores.get(j, value)
+            j: self.score_ema * units * value + (1 - self.score_ema) * known.get(j, units * value)
             for j, value in newest.items()
         }
         local = {client_id: scores for client_id, (_, scores) in measured.items()}
-        return replace(
-            state,
-            global_scores={**state.global_scores, **running},
-            local_scores={**state.local_scores, **local},
-        )
+        return replace(state, global_scores={**known, **running}, local_scores={**state.local_scores, **local})
 
     # --- aggregation ------------------------------------------------------------------------------------------------
 

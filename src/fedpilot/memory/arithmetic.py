@@ -1,5 +1,6 @@
 """Bytes and seconds of a plan, and where they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,9 +26,23 @@ def peak_bytes(profile: MemoryProfile, plan: Plan) -> int:
     return max(training, _scoring_bytes(profile, plan)) + profile.overhead_bytes
 
 
-def seconds(profile: MemoryProfile, plan: Plan, flops_per_second: float, num_steps: int) -> float:
-    """Seconds of ``num_steps`` optimiser steps at a measured speed, from the operations counted in the traces."""
-    return num_steps * _flops(profile, plan) / flops_per_second
+def seconds(
+    profile: MemoryProfile, plan: Plan, flops_per_second: float, num_steps: int, num_scored: int = 0
+) -> float:
+    """Seconds of a local update at a measured speed, from the operations counted in the traces.
+
+    Args:
+        profile: Costs.
+        plan: What is trained, and what is scored beforehand.
+        flops_per_second: Measured speed.
+        num_steps: Optimiser steps.
+        num_scored: Examples that the plan's scored tensors are measured on.
+    """
+    operations = num_steps * _flops(profile, plan)
+    if plan.scored and num_scored:
+        size = plan.micro_batch or profile.batch
+        operations += math.ceil(num_scored / size) * size * _flops(profile, _scoring(profile, plan)) // profile.batch
+    return operations / flops_per_second
 
 
 @dataclass(frozen=True)
@@ -133,12 +148,17 @@ def _scoring_bytes(profile: MemoryProfile, plan: Plan) -> int:
     """
     if not plan.scored:
         return 0
-    head = frozenset(profile.head) if profile.head_trained else frozenset()
-    scoring = replace(plan, trainable=plan.scored | head, scored=frozenset())
+    scoring = _scoring(profile, plan)
     parts = Assembly(profile, scoring)
     passes = ("pre", "forward", "head", "backward")
     highest = max(moment.peak for moment in moments(profile, scoring) if moment.part in passes)
     return highest - parts.optimiser_bytes + sum(parts.trained_sizes)
+
+
+def _scoring(profile: MemoryProfile, plan: Plan) -> Plan:
+    """A plan that trains what this one scores."""
+    head = frozenset(profile.head) if profile.head_trained else frozenset()
+    return replace(plan, trainable=plan.scored | head, scored=frozenset())
 
 
 def _flops(profile: MemoryProfile, plan: Plan) -> int:
