@@ -84,6 +84,7 @@ class Plans(NamedTuple):
     peaks: npt.NDArray[np.int64]
     flops: npt.NDArray[np.int64]
     values: Floats
+    kinds: npt.NDArray[np.int64]  # alike where plans train the same blocks at the same ranks and values
 
     def fitting(self, budget: int, max_flops: int | None) -> npt.NDArray[np.bool_]:
         return (self.peaks <= budget) & (max_flops is None or self.flops <= max_flops)
@@ -93,6 +94,10 @@ def brute_force(table: CostTable, values: Floats) -> Plans:
     """Peak, operations and value of every plan, stage by stage as the docstring of ``CostTable`` lists them."""
     num_blocks, num_choices = values.shape
     training = [index for index, choice in enumerate(table.choices) if choice.rank is not None]
+    ranks = [choice.rank for choice in table.choices]
+    kind = np.array(
+        [[list(zip(ranks, row, strict=True)).index(pair) for pair in zip(ranks, row, strict=True)] for row in values]
+    )
     found = []
     for s in range(num_blocks):
         free = [range(num_choices)] * (num_blocks - 1 - s)
@@ -115,7 +120,8 @@ def brute_force(table: CostTable, values: Floats) -> Plans:
         standing = table.fixed + table.frozen_resident[:s].sum() + cost("resident").sum(axis=1)
         flops = table.head_flops + table.frozen_flops[:s].sum() + cost("flops").sum(axis=1)
         worth = np.stack([values[j][picked[:, j - s]] for j in range(s, num_blocks)], axis=1).sum(axis=1)
-        found.append((standing + np.max(stages, axis=0), flops, worth))
+        kinds = sum((1 + kind[j][picked[:, j - s]]) * (num_choices + 1) ** j for j in range(s, num_blocks))
+        found.append((standing + np.max(stages, axis=0), flops, worth, kinds))
     return Plans(*map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -153,8 +159,15 @@ def check(found: Allocation | None, table: CostTable, plans: Plans, budget: int,
     best = plans.values[fits].max()
     assert found.value == pytest.approx(best, abs=1e-9)
     assert found.gap == 0
-    # Of the plans of the greatest value, the one of the lowest peak.
-    assert found.peak_bytes == plans.peaks[fits & (plans.values > best - 1e-9)].min()
+    # Of the plans of the greatest value, the one of the lowest peak; of its forms, the one of the fewest operations.
+    equal = fits & (plans.values > best - 1e-9)
+    lowest = equal & (plans.peaks == plans.peaks[equal].min())
+    least = []
+    for kind in np.unique(plans.kinds[lowest]):
+        forms = equal & (plans.kinds == kind)
+        fewest = forms & (plans.flops == plans.flops[forms].min())
+        least.append((int(plans.flops[fewest][0]), int(plans.peaks[fewest].min())))
+    assert (found.flops, found.peak_bytes) in least
     assert found.peak_bytes == allocation.peak(table, found.choices) <= budget
     assert found.flops == allocation.flops(table, found.choices)
     assert max_flops is None or found.flops <= max_flops
@@ -295,6 +308,19 @@ def test_plans_of_equal_value_differ_by_memory() -> None:
     plan = allocation.allocate(hand_table(), [[0.0, 1.0]] * 3, 108)
     assert plan == Allocation((None, None, TRAINED), 1.0, 105, 15)
     assert plan.lowest == 2
+
+
+def test_nothing_is_recomputed_that_fits_plainly() -> None:
+    table = hand_table(checkpointing=True)
+    values = allocation.choice_values(table, [1.0, 1.0, 1.0], {8: 1.0})
+    roomy = allocation.allocate(table, values, 1000)
+    assert roomy is not None
+    assert roomy.choices == (TRAINED,) * 3
+    assert roomy == allocation.allocate(table, values, roomy.peak_bytes)
+    tight = allocation.allocate(table, values, roomy.peak_bytes - 1)
+    assert tight is not None
+    assert [choice is not None and choice.checkpointed for choice in tight.choices].count(True) == 1
+    assert tight.trained_blocks == (0, 1, 2)
 
 
 def test_checkpointing_reaches_all_blocks_where_time_allows() -> None:

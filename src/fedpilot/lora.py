@@ -308,7 +308,7 @@ class SlotMean:
     def _mean(self, name: str) -> torch.Tensor:
         total, held, dim = self._sums[name], self._held[name], _slot_dim(name)
         whole = sum(held.values())
-        if dim is None or max(held) == total.shape[dim] and (self._padded or len(held) == 1):
+        if dim is None or (max(held) == total.shape[dim] and (self._padded or len(held) == 1)):
             return total / whole
         slots = [
             whole if self._padded else sum(weight for count, weight in held.items() if count > slot)

@@ -99,8 +99,8 @@ class HetLoRA:
     def aggregate(self, state: HetLoRAState, uploads: Iterable[Upload]) -> HetLoRAState:
         """A = Σ p_k pad(A_k), B = Σ p_k pad(B_k), with p_k in proportion to S_k; pad to max r_k of the round.
 
-        The padding is averaged in, as the paper does: a slot that few clients hold shrinks by what the others weigh. One
-        that nobody in the round holds stays as it was: zeros in both factors would never train again.
+        The padding is averaged in, as the paper does: a slot that few clients hold shrinks by what the others weigh.
+        One that nobody in the round holds stays as it was: zeros in both factors would never train again.
         """
         mean = lora.SlotMean(state.adapter, padded=True)
         ranks = dict(state.ranks)

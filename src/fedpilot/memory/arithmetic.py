@@ -26,9 +26,7 @@ def peak_bytes(profile: MemoryProfile, plan: Plan) -> int:
     return max(training, _scoring_bytes(profile, plan)) + profile.overhead_bytes
 
 
-def seconds(
-    profile: MemoryProfile, plan: Plan, flops_per_second: float, num_steps: int, num_scored: int = 0
-) -> float:
+def seconds(profile: MemoryProfile, plan: Plan, flops_per_second: float, num_steps: int, num_scored: int = 0) -> float:
     """Seconds of a local update at a measured speed, from the operations counted in the traces.
 
     Args:
