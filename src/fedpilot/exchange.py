@@ -256,6 +256,7 @@ class RoundResults(Iterator[Upload]):
         self.bytes_base: int = earlier.bytes_base if earlier else 0
         self.records: list[UploadRecord] = []
         self.failures: list[Failure] = list(earlier.failures) if earlier else []
+        self.arrived: list[tuple[int, Mapping[str, float]]] = []
         self._messages = {record.client_id: record for record in earlier.records} if earlier else {}
         self.facts: dict[str, float] = {}
         self._round, self._distribute, self._tell, self._clock = round, distribute, tell, clock
@@ -310,6 +311,7 @@ class RoundResults(Iterator[Upload]):
         if isinstance(result, Failure):
             self._fail(result)
             return None
+        self.arrived.append((result.client_id, result.metrics))  # before it is judged: it was seen in any case
         bytes_up = tensors.num_bytes(result.tensors)
         self.bytes_up += bytes_up
         try:

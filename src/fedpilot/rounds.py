@@ -27,6 +27,7 @@ from fedpilot.secure_round import Agreement, SecureResults
 from fedpilot.types import (
     Algorithm,
     Averages,
+    Charges,
     ClientProfile,
     Deployment,
     DeploysMore,
@@ -145,7 +146,8 @@ class RoundRecord:
         left_out: Sampled clients for which nothing fits.
         uploads: What came back and was accepted.
         failures: Clients that were asked and did not deliver, or delivered something else.
-        aggregated: Whether the state changed: false when nobody delivered, or fewer than the recipe's fewest.
+        aggregated: Whether the round counts: false when nobody delivered, or fewer than the recipe's fewest. The state
+            then stays but for what uploads that came have cost in privacy.
         bytes_down: Sent to clients, tensors only.
         bytes_up: Received from clients, tensors only, refused uploads included.
         bytes_base: Of ``bytes_down``: changes of the frozen base that clients lacked.
@@ -410,6 +412,8 @@ def run_round(
     results = _results(this)
     error = AggregationError(algorithm, state, plans) if measure_aggregation and this.averages_updates else None
     state, aggregated, facts = _aggregated(this, results, error)
+    if isinstance(algorithm, Charges):
+        state = algorithm.charged(state, results.arrived)
     if aggregated and isinstance(algorithm, RefinesOnServer) and server is not None:
         with clock.phase("refine"):
             state = algorithm.refine(state, server(round))

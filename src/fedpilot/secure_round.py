@@ -28,7 +28,7 @@ from fedpilot.privacy.secure_aggregation import (
     UnmaskRequest,
 )
 from fedpilot.privacy.secure_settings import SecureAggregation
-from fedpilot.types import Failure, Plan, Task, Tensors, Upload
+from fedpilot.types import Arrived, Failure, Plan, Task, Tensors, Upload
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class SecureResults(Iterator[Upload]):
         self.bytes_base = 0
         self.records: list[UploadRecord] = []
         self.failures: list[Failure] = []
+        self.arrived: Arrived = ()  # nobody has seen an upload
         self.facts: dict[str, float] = {}
         self._carrier, self._round, self._plans = carrier, round, {plan.client_id: plan for plan in plans}
         self._distribute, self._tell, self._clock, self._agreement = distribute, tell, clock, agreement

@@ -614,6 +614,18 @@ class Averages(Protocol):
         """How; ``None`` where the options make it something else."""
 
 
+Arrived: TypeAlias = Sequence[tuple[int, Mapping[str, float]]]
+"""Client and metrics of every upload that reached the server, refused ones included."""
+
+
+@runtime_checkable
+class Charges(Protocol[State]):
+    """An algorithm whose clients pay in privacy for each upload that somebody saw (DP-SGD)."""
+
+    def charged(self, state: State, arrived: Arrived) -> State:
+        """The state with what the uploads have cost; called after every round, also one that leaves the rest alone."""
+
+
 @runtime_checkable
 class RefinesOnServer(Protocol[State]):
     """An algorithm whose server trains too (FedAF, FedBiOT)."""

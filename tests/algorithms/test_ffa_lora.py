@@ -1,6 +1,8 @@
 """Identities of FFA-LoRA, and what its private runs are charged."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from fedpilot.config.recipe import read_recipe
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.privacy import Spent
-from fedpilot.types import ClientProfile, LeftOut, Plan, Task, Upload
+from fedpilot.robust import Robust
+from fedpilot.safeguards import NONE, Safeguards
+from fedpilot.screening import Screening
+from fedpilot.types import ClientProfile, Failure, LeftOut, Plan, Task, Upload
 
 SPEC = toy.spec()
 RANK = 3
@@ -29,27 +34,48 @@ def rich(client_id: int, **changes: int) -> ClientProfile:
 
 
 class Direct:
-    """Runs tasks on fresh toy sites and keeps them."""
+    """Runs tasks on fresh toy sites and keeps them; some clients are away, some send what is not finite."""
 
-    def __init__(self, algorithm: FFALoRA, clients: list[ClientProfile]) -> None:
+    def __init__(
+        self, algorithm: FFALoRA, clients: list[ClientProfile], away: tuple[int, ...] = (), broken: tuple[int, ...] = ()
+    ) -> None:
         self.algorithm, self.clients = algorithm, {client.client_id: client for client in clients}
+        self.away, self.broken = away, broken
         self.tasks: list[Task] = []
         self.held: list[tensors.Tensors] = []
         self.uploads: list[Upload] = []
 
     def exchange(self, round, tasks):
         for task in tasks:
+            if task.plan.client_id in self.away:
+                yield Failure(task.plan.client_id, "away")
+                continue
             site = toy.site(self.clients[task.plan.client_id])
-            self.uploads.append(self.algorithm.local_update(task, site))
+            upload = self.algorithm.local_update(task, site)
+            if task.plan.client_id in self.broken:
+                upload = replace(upload, tensors={n: t + math.inf for n, t in upload.tensors.items()})
+            self.uploads.append(upload)
             self.tasks.append(task)
             self.held.append(site.model.read())
-            yield self.uploads[-1]
+            yield upload
 
 
-def run(algorithm: FFALoRA, clients: list[ClientProfile], num_rounds: int = 3, seed: int = 2):
-    engine = Direct(algorithm, clients)
+def run(
+    algorithm: FFALoRA,
+    clients: list[ClientProfile],
+    num_rounds: int = 3,
+    seed: int = 2,
+    safeguards: Safeguards = NONE,
+    **unlike: tuple[int, ...],
+):
+    engine = Direct(algorithm, clients, **unlike)
     done = list(
-        rounds.run_rounds(algorithm, engine, clients, lambda d: {"loss": 0.0}, num_rounds=num_rounds, seed=seed)
+        rounds.run_rounds(
+            *(algorithm, engine, clients, lambda d: {"loss": 0.0}),
+            num_rounds=num_rounds,
+            seed=seed,
+            safeguards=safeguards,
+        )
     )
     return [state for state, _ in done], [record for _, record in done], engine
 
@@ -176,8 +202,64 @@ def test_a_client_that_did_not_take_part_is_not_charged(profile: MemoryProfile) 
     algorithm = private(profile, noise_multiplier=1.5)
     state = FFALoRAState(0, toy.random_adapter(SPEC, RANK), {1: Spent(0.5, 1.5, 6), 2: Spent(0.5, 1.5, 6)})
     told = {"sample_rate": 0.5, "noise_multiplier": 1.5, "steps": 3.0}
-    upload = Upload(2, 9, tensors.only(state.adapter, frozenset(SPEC.head)), told)
-    assert algorithm.aggregate(state, iter([upload])).spent == {1: Spent(0.5, 1.5, 6), 2: Spent(0.5, 1.5, 9)}
+    assert algorithm.charged(state, [(2, told)]).spent == {1: Spent(0.5, 1.5, 6), 2: Spent(0.5, 1.5, 9)}
+    assert state.spent[2].steps == 6
+    _, _, engine = run(algorithm, [rich(k) for k in range(3)], num_rounds=1, away=(1,))
+    assert [upload.client_id for upload in engine.uploads] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("safeguards", "unlike", "counts"),
+    [
+        (Safeguards(min_uploads=3), {"away": (1,)}, False),
+        (Safeguards(min_share=0.9), {"away": (1,)}, False),
+        (Safeguards(robust=Robust("multi-krum")), {"away": (1,)}, False),
+        (Safeguards(min_uploads=3), {"broken": (1,)}, False),
+        (NONE, {"broken": (1,)}, True),
+        (NONE, {"broken": (0, 1, 2)}, False),
+        (Safeguards(screening=Screening(max_norm_factor=1.0 + 1e-9)), {}, True),
+    ],
+    ids=["min_uploads", "min_share", "multi-krum", "refused and too few", "refused", "all refused", "screened"],
+)
+def test_every_upload_that_came_is_charged_whatever_became_of_it(
+    safeguards: Safeguards, unlike: dict[str, tuple[int, ...]], counts: bool, profile: MemoryProfile
+) -> None:
+    """The server saw it, and the promise is against the server too."""
+    clients = [rich(k) for k in range(3)]
+    algorithm = private(profile, noise_multiplier=1.0, weights="uniform")
+    states, records, engine = run(algorithm, clients, num_rounds=4, safeguards=safeguards, **unlike)
+    assert {record.aggregated for record in records} == {counts}
+    came = Counter(upload.client_id for upload in engine.uploads)
+    assert {k: spent.steps for k, spent in states[-1].spent.items()} == {k: 3 * count for k, count in came.items()}
+    each = [privacy.epsilon(Spent(min(1.0, 8 / clients[k].num_examples), 1.0, 12), 1e-5) for k in came]
+    assert records[-1].facts["epsilon"] == max(each) > 0
+    if not counts:
+        assert tensors.digest(states[-1].adapter) == tensors.digest(states[0].adapter)
+
+
+def test_screening_refuses_some_of_the_uploads_that_are_charged_above(profile: MemoryProfile) -> None:
+    algorithm = private(profile, noise_multiplier=1.0, weights="uniform")
+    guards = Safeguards(screening=Screening(max_norm_factor=1.0 + 1e-9))
+    _, records, _ = run(algorithm, [rich(k) for k in range(3)], num_rounds=4, safeguards=guards)
+    assert any(record.failures for record in records)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"sample_rate": math.nan, "noise_multiplier": 1.0, "steps": 3.0},
+        {"sample_rate": 0.5, "noise_multiplier": -1.0, "steps": 3.0},
+        {"sample_rate": 0.5, "noise_multiplier": 1.0, "steps": math.inf},
+        {"sample_rate": 2.0, "noise_multiplier": 1.0, "steps": 3.0},
+    ],
+)
+def test_an_upload_that_does_not_say_what_it_cost_is_charged_as_if_it_had_no_noise(
+    said: dict[str, float], profile: MemoryProfile
+) -> None:
+    algorithm = private(profile, noise_multiplier=1.0)
+    state = algorithm.charged(FFALoRAState(0, {}), [(4, said)])
+    assert algorithm.explain(state) == {"epsilon": math.inf}
 
 
 def test_a_target_is_kept_to_the_end_and_then_clients_are_left_out(profile: MemoryProfile) -> None:

@@ -19,6 +19,7 @@ from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.privacy import Budget, Spent
 from fedpilot.types import (
+    Arrived,
     Averaging,
     ClientProfile,
     Deployment,
@@ -142,13 +143,19 @@ class FFALoRA:
 
     def aggregate(self, state: FFALoRAState, uploads: Iterable[Upload]) -> FFALoRAState:
         """B̄ = Σ p_k B_k, column by column over the clients that hold it: B̄ A0 = Σ p_k B_k A0."""
-        mean, spent = lora.SlotMean(state.adapter), dict(state.spent)
+        mean = lora.SlotMean(state.adapter)
         for upload in uploads:
             mean.add(upload.tensors, upload.weight(self.weights))
-            if self.budget.private is not None:
-                before = spent.get(upload.client_id)
-                spent[upload.client_id] = privacy.plus(before, privacy.released(upload.metrics))
-        return replace(state, adapter={**state.adapter, **mean.result()}, spent=spent)
+        return replace(state, adapter={**state.adapter, **mean.result()})
+
+    def charged(self, state: FFALoRAState, arrived: Arrived) -> FFALoRAState:
+        """What each upload has cost its client, whether or not it counted: the server saw it."""
+        if self.budget.private is None:
+            return state
+        spent = dict(state.spent)
+        for client_id, said in arrived:
+            spent[client_id] = privacy.plus(spent.get(client_id), privacy.released(said))
+        return replace(state, spent=spent)
 
     def deploy(self, state: FFALoRAState) -> Deployment:
         """The global adapter."""

@@ -91,5 +91,8 @@ class Budget:
 
 
 def released(metrics: Mapping[str, float]) -> Spent:
-    """The steps behind an upload, from what the client says of them."""
-    return Spent(metrics["sample_rate"], metrics["noise_multiplier"], int(metrics["steps"]))
+    """The steps behind an upload, from what the client says of them; as if without noise where it does not say."""
+    rate, noise, steps = (metrics.get(name, math.nan) for name in ("sample_rate", "noise_multiplier", "steps"))
+    if 0 < rate <= 1 and 0 <= noise < math.inf and 0 <= steps < math.inf:
+        return Spent(rate, noise, math.ceil(steps))
+    return Spent(1.0, 0.0, 1)
