@@ -370,13 +370,17 @@ class _Round(Generic[State]):
 
     @property
     def trained(self) -> Tensors:
-        """Global values of what the method trains, whoever was sampled."""
+        """Global values of what the method trains: of method, settings and state, whoever was sampled."""
         kind = self.algorithm.step_kind if isinstance(self.algorithm, HasStepKind) else StepKind()
         present = client_dp.trained_by(self.algorithm.deploy(self.state).tensors, kind.patterns)
         how = self.algorithm.averaging if isinstance(self.algorithm, Averages) else None
-        if self.plans and how is not None and how.same_names:
-            present = tensors.only(present, self.plans[0].trainable)
-        return present
+        if how is None or not how.same_names:
+            return present
+        # All clients train the same, so what one does that fits everything says it, also where nobody takes part.
+        ample = ClientProfile(client_dp.NOBODY, 1, 2**62)
+        [plan] = self.algorithm.plan(self.state, [ample], generator(self.seed, self.number, PLANNING))
+        assert isinstance(plan, Plan), "everything fits"
+        return tensors.only(present, plan.trainable)
 
 
 def run_round(

@@ -12,7 +12,7 @@ from dp_accounting.rdp import RdpAccountant
 from tests import toy
 from tests.hostile import CLIENTS, SPEC, Engine, scaled
 
-from fedpilot import lora, tensors
+from fedpilot import lora, memory, planning, tensors
 from fedpilot.algorithms.fed_pilot import FedPilot
 from fedpilot.algorithms.fedit import FedIT
 from fedpilot.algorithms.ffa_lora import FFALoRA
@@ -25,7 +25,7 @@ from fedpilot.memory import MemoryProfile
 from fedpilot.privacy.client_dp import ClientDP, LocalNoise, clipped_change, noisy_mean, trained_by
 from fedpilot.record import RunDirectory
 from fedpilot.robust import Robust
-from fedpilot.rounds import RoundRecord, run_rounds
+from fedpilot.rounds import RoundRecord, Unwatched, run_round, run_rounds
 from fedpilot.runs import train
 from fedpilot.safeguards import Safeguards
 from fedpilot.screening import Screening
@@ -215,6 +215,45 @@ def test_noise_spares_the_drawn_factor_of_ffa_lora(cohort: int | None, profile: 
     assert cohort is None or not all(record.plans for _, record in records)
     for name, tensor in adapter.items():
         assert torch.equal(tensor, start[name]) == name.endswith("lora_A"), name
+
+
+def straggler(profile: MemoryProfile) -> FedIT:
+    """Everybody trains the last block alone."""
+    last = planning.train_blocks(SPEC, 0, 2, [SPEC.num_blocks - 1])
+    budget = memory.peak_bytes(profile, last)
+    return FedIT(SPEC, profile, rank=2, weights="uniform", participation="straggler", budget_bytes=budget)
+
+
+@pytest.mark.parametrize(
+    ("make", "frozen"),
+    [
+        (straggler, ("blocks.0.linear.lora_A", "blocks.0.linear.lora_B", "blocks.1.linear.lora_A")),
+        (lambda profile: FFALoRA(SPEC, profile, rank=2, weights="uniform", participation="ranks"), ("lora_A",)),
+        (lambda profile: FedIT(SPEC, profile, rank=2, weights="uniform", participation="exclusive"), ()),
+    ],
+    ids=["fedit-straggler", "ffa-lora", "fedit"],
+)
+def test_the_noise_falls_on_the_same_tensors_whoever_was_sampled(make, frozen, profile: MemoryProfile) -> None:  # type: ignore[no-untyped-def]
+    """Or the release would say whether the cohort was empty, which the accountant takes for hidden."""
+    algorithm = make(profile)
+    state = algorithm.init(np.random.default_rng([3, 0]))
+    poor = [replace(client, memory_bytes=1) for client in CLIENTS]
+    moved = []
+    for cohort in ([], poor, CLIENTS):
+        after, record = run_round(
+            *(algorithm, Engine(algorithm), cohort, lambda _: {}, state),
+            round=1,
+            seed=3,
+            observer=Unwatched(),
+            safeguards=Safeguards(private=ClientDP("client", 0.5, 1.0)),
+            expected_clients=10,
+        )
+        assert record.aggregated
+        assert bool(record.plans) == (cohort is CLIENTS)
+        moved.append({name for name, t in after.adapter.items() if not torch.equal(t, state.adapter[name])})
+    assert moved[0] == moved[1] == moved[2]
+    assert not any(name.endswith(frozen) for name in moved[0])
+    assert {"head.bias", "blocks.2.linear.lora_B"} <= moved[0]
 
 
 REFUSED = {
