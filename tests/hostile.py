@@ -4,11 +4,33 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from fedpilot.algorithms.fedbiot import FedBiOT
+from fedpilot.algorithms.fedins import FedIns
+from fedpilot.algorithms.reclora import RecLoRA
+from fedpilot.memory import MemoryProfile
 from fedpilot.types import Algorithm, ClientProfile, Failure, Task, Upload
 from tests import toy
 
 SPEC = toy.spec()
 CLIENTS = tuple(ClientProfile(k, 6 + 3 * k, 10**9, name=f"client-{k}") for k in range(10))
+
+
+def fedbiot(profile: MemoryProfile, **options: Any) -> FedBiOT:
+    return FedBiOT(SPEC, profile, **{"rank": 2, "pre_steps": 1, "align_steps": 1, **options})
+
+
+def fedins(**options: Any) -> FedIns:
+    options = {"size": 3, "top_k": 2, **options}
+    kind = FedIns(SPEC, None, **options).step_kind  # type: ignore[arg-type]
+    return FedIns(SPEC, toy.attached_profile(kind), **options)
+
+
+def even_reclora(**options: Any) -> RecLoRA:
+    """Without a gate, so without a click model."""
+    options = {"N": 3, "rank": 2, "gate": "none", **options}
+    kind = RecLoRA(SPEC, None, **options).step_kind  # type: ignore[arg-type]
+    return RecLoRA(SPEC, toy.attached_profile(kind), **options)
+
 
 Lie: TypeAlias = Callable[[Task, Upload], Upload]
 

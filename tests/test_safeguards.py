@@ -7,12 +7,14 @@ from typing import Any, cast
 
 import pytest
 
+from fedpilot.algorithms import ALGORITHMS
 from fedpilot.config.clients import Clients
 from fedpilot.config.population import Population
 from fedpilot.config.recipe import Recipe, load_recipe, read_recipe
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.model import AdaptedModel
 from fedpilot.privacy.client_dp import ClientDP, LocalNoise
+from fedpilot.privacy.secure_settings import SecureAggregation
 from fedpilot.robust import Robust
 from fedpilot.safeguards import NONE, Safeguards
 from fedpilot.screening import Screening
@@ -77,6 +79,68 @@ def test_what_does_not_go_together_is_a_problem_of_the_recipe(overrides: tuple[s
     with pytest.raises(ConfigError) as caught:
         recipe(*overrides)
     assert [problem for problem in caught.value.problems if message in problem], caught.value.problems
+
+
+UNIFORM: dict[str, Any] = {"weights": "uniform"}
+ALL, OPEN = ("client", "local", "secure"), ("local", "secure")
+
+ACCEPTED: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
+    "fed-hello": [(UNIFORM, ())],
+    "fed-pilot": [
+        (UNIFORM, ()),
+        ({"aggregation": "layerwise", **UNIFORM}, ()),
+        ({"aggregation": "layerwise", "solver": "random"}, OPEN),
+        *(({"aggregation": "layerwise", "solver": s, **UNIFORM}, ALL) for s in ("suffix", "random", "all")),
+    ],
+    "fedaf": [({}, ())],
+    "fedbiot": [({}, OPEN), (UNIFORM, ALL), ({"adapter_blocks": 1, **UNIFORM}, ALL)],
+    "fedex-lora": [(UNIFORM, ())],
+    "fedins": [({}, ALL), ({"participation": "all", "pool": "lora"}, ALL), ({"weights": "examples"}, OPEN)],
+    "fedit": [({}, OPEN), (UNIFORM, ALL), ({"participation": "straggler", **UNIFORM}, ALL)],
+    "fedra": [(UNIFORM, ())],
+    "ffa-lora": [
+        ({}, OPEN),
+        (UNIFORM, ALL),
+        ({"participation": "ranks", **UNIFORM}, ALL),
+        ({"noise_multiplier": 1.0, **UNIFORM}, ()),
+        ({"epsilon": 3.0, **UNIFORM}, ()),
+    ],
+    "flexlora": [(UNIFORM, ())],
+    "flora": [(UNIFORM, ())],
+    "galore": [(UNIFORM, ())],
+    "hetlora": [
+        (UNIFORM, ()),
+        ({"gamma": 1.0}, ("local",)),
+        ({"gamma": 1.0, "weights": "examples"}, OPEN),
+        ({"gamma": 1.0, **UNIFORM}, ALL),
+    ],
+    "lora-fair": [(UNIFORM, ())],
+    "reclora": [
+        (UNIFORM, ()),
+        ({"gate": "none"}, OPEN),
+        ({"gate": "none", **UNIFORM}, ALL),
+        ({"gate": "none", "participation": "suffix", **UNIFORM}, ALL),
+    ],
+    "xgblora": [(UNIFORM, ())],
+}
+"""Method -> options, and what they go with: a new method states it here, and in docs/privacy.md."""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_which_methods_go_with_privacy_and_secure_sums(name: str) -> None:
+    guards = {kind: Safeguards(private=ClientDP(kind, 1.0, 1.0)) for kind in ("client", "local")}  # type: ignore[arg-type]
+    guards["secure"] = Safeguards(secure=SecureAggregation())
+    for options, accepted in ACCEPTED[name]:
+        made = ALGORITHMS[name](**{"spec": None, "profile": None}, **options)
+        found = {kind: guard.problems(made) for kind, guard in guards.items()}
+        assert {kind for kind, problems in found.items() if not problems} == set(accepted), options
+        assert all("; take fedit, " in text for problems in found.values() for _, text in problems)
+
+
+def test_a_click_model_that_learnt_from_the_clients_is_named_as_the_reason() -> None:
+    for override in ('privacy.kind="client"', 'privacy.kind="local"', "privacy.secure_aggregation=true"):
+        with pytest.raises(ConfigError, match=r"before the rounds.*reclora with gate 'none'"):
+            recipe('algorithm.name="reclora"', override)
 
 
 def test_a_baseline_must_suit_the_safeguards_too() -> None:

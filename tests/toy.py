@@ -6,16 +6,17 @@ catches its neighbour shows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedpilot import base_deltas, condensation, galore, lora
+from fedpilot import base_deltas, condensation, galore, lora, memory
 from fedpilot.errors import TrainingError
 from fedpilot.galore import GaLoreAdamW
-from fedpilot.memory import StepProgram
+from fedpilot.memory import MemoryProfile, StepProgram
 from fedpilot.model.attached import Attached, attach
 from fedpilot.training import TrainingSettings, make_step
 from fedpilot.types import (
@@ -421,6 +422,12 @@ class ToyServer(ToyModel):
             else:
                 x = self.blocks[j](x)
         return x
+
+
+def attached_profile(kind: StepKind) -> MemoryProfile:
+    """The memory profile of a method with an attachment, traced."""
+    assert kind.attachment is not None
+    return memory.trace_attached(partial(program, kind=kind), spec(), kind.attachment, batch=BATCH)
 
 
 def server(round: int) -> Site:

@@ -388,8 +388,8 @@ def _as_array(limits: Sequence[float | None]) -> np.ndarray:
 def scoring(profile: MemoryProfile, spec: ModelSpec, plan: Plan, client: ClientProfile, num_scored: int) -> Plan:
     """The plan, which also scores the deepest blocks that it can within the client's budget and deadline.
 
-    Scoring runs as training does: in the plan's micro-batches, and recomputing what it recomputes. Its time comes on top
-    of the training's. Where not even the last block can be scored, the plan is what it was.
+    Scoring runs as training does: in the plan's micro-batches, and recomputing what it recomputes. Its time comes on
+    top of the training's. Where not even the last block can be scored, the plan is what it was.
 
     Args:
         profile: Costs.

@@ -596,6 +596,8 @@ class Averaging:
             ranks or counts of steps.
         padded: Whether a slot of a pair that a client lacks, up to the round's largest rank, counts as a zero of its
             weight.
+        learnt_before: Whether clients train on what was learnt from all of them before the first round, which no noise
+            and no masks of the rounds cover.
     """
 
     uniform: bool
@@ -603,6 +605,7 @@ class Averaging:
     same_names: bool = True
     tensors_only: bool = True
     padded: bool = False
+    learnt_before: bool = False
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dp_accounting.rdp import RdpAccountant
 from tests import toy
-from tests.hostile import CLIENTS, SPEC, Engine, scaled
+from tests.hostile import CLIENTS, SPEC, Engine, even_reclora, fedbiot, fedins, scaled
 
 from fedpilot import lora, memory, planning, tensors
 from fedpilot.algorithms.fed_pilot import FedPilot
@@ -159,6 +159,7 @@ def run(
         cohort_size=cohort,
         measure_aggregation=True,
         safeguards=Safeguards(private=private, **guards),  # type: ignore[arg-type]
+        server=toy.server,
     )
     return [(algorithm.deploy(state).tensors, record) for state, record in rounds]
 
@@ -189,14 +190,29 @@ def test_a_round_of_nobody_still_releases_noise(profile: MemoryProfile) -> None:
         assert tensors.digest(records[index][0]) != tensors.digest(records[index - 1][0])
 
 
+BESIDE_PAIRS = {
+    "fedbiot": lambda profile: fedbiot(profile, adapter_blocks=1, weights="uniform"),
+    "fedbiot-two-blocks": lambda profile: fedbiot(profile, weights="uniform"),
+    "fedins": lambda profile: fedins(),
+    "fedins-lora": lambda profile: fedins(pool="lora", rank=2, participation="all"),
+    "reclora": lambda profile: even_reclora(weights="uniform"),
+    "reclora-suffix": lambda profile: even_reclora(weights="uniform", participation="suffix"),
+}
+"""Methods whose state holds more than a server's mean of pairs, or something else."""
+
+LEAVE_OUT = ("fedbiot", "fedbiot-two-blocks", "fedins", "reclora-suffix")
+"""Of these, those that do without a client for which nothing fits."""
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda profile: FFALoRA(SPEC, profile, rank=2, weights="uniform"),
         lambda profile: FedPilot(SPEC, profile, rank=2, weights="uniform", aggregation="layerwise", solver="suffix"),
         lambda profile: HetLoRA(SPEC, profile, r_min=1, r_max=3, gamma=1.0, weights="uniform"),
+        *BESIDE_PAIRS.values(),
     ],
-    ids=["ffa-lora", "fed-pilot", "hetlora"],
+    ids=["ffa-lora", "fed-pilot", "hetlora", *BESIDE_PAIRS],
 )
 def test_other_means_run_privately_too(make, profile: MemoryProfile) -> None:  # type: ignore[no-untyped-def]
     algorithm = make(profile)
@@ -227,16 +243,18 @@ def straggler(profile: MemoryProfile) -> FedIT:
 @pytest.mark.parametrize(
     ("make", "frozen"),
     [
-        (straggler, ("blocks.0.linear.lora_A", "blocks.0.linear.lora_B", "blocks.1.linear.lora_A")),
+        (straggler, tuple(lora.names(["blocks.0.linear", "blocks.1.linear"]))),
         (lambda profile: FFALoRA(SPEC, profile, rank=2, weights="uniform", participation="ranks"), ("lora_A",)),
         (lambda profile: FedIT(SPEC, profile, rank=2, weights="uniform", participation="exclusive"), ()),
+        *((BESIDE_PAIRS[name], ()) for name in LEAVE_OUT),
     ],
-    ids=["fedit-straggler", "ffa-lora", "fedit"],
+    ids=["fedit-straggler", "ffa-lora", "fedit", *LEAVE_OUT],
 )
 def test_the_noise_falls_on_the_same_tensors_whoever_was_sampled(make, frozen, profile: MemoryProfile) -> None:  # type: ignore[no-untyped-def]
     """Or the release would say whether the cohort was empty, which the accountant takes for hidden."""
     algorithm = make(profile)
     state = algorithm.init(np.random.default_rng([3, 0]))
+    before = algorithm.deploy(state).tensors
     poor = [replace(client, memory_bytes=1) for client in CLIENTS]
     moved = []
     for cohort in ([], poor, CLIENTS):
@@ -247,13 +265,35 @@ def test_the_noise_falls_on_the_same_tensors_whoever_was_sampled(make, frozen, p
             observer=Unwatched(),
             safeguards=Safeguards(private=ClientDP("client", 0.5, 1.0)),
             expected_clients=10,
+            server=toy.server,
         )
         assert record.aggregated
         assert bool(record.plans) == (cohort is CLIENTS)
-        moved.append({name for name, t in after.adapter.items() if not torch.equal(t, state.adapter[name])})
+        now = algorithm.deploy(after).tensors
+        moved.append({name for name, tensor in now.items() if not torch.equal(tensor, before[name])})
     assert moved[0] == moved[1] == moved[2]
-    assert not any(name.endswith(frozen) for name in moved[0])
-    assert {"head.bias", "blocks.2.linear.lora_B"} <= moved[0]
+    assert moved[0] == {name for name in before if not name.endswith(frozen)}
+
+
+@pytest.mark.parametrize("name", BESIDE_PAIRS)
+def test_the_noise_of_a_round_of_nobody_has_the_stated_deviation(name: str, profile: MemoryProfile) -> None:
+    """On all that the method deploys; what the server trains from it on data of its own is no client's."""
+    algorithm = BESIDE_PAIRS[name](profile)
+    state = algorithm.init(np.random.default_rng([3, 0]))
+    after, _ = run_round(
+        *(algorithm, Engine(algorithm), [], lambda _: {}, state),
+        round=1,
+        seed=3,
+        observer=Unwatched(),
+        safeguards=Safeguards(private=ClientDP("client", 2.0, 1.5)),
+        expected_clients=10,
+    )
+    noise = tensors.subtract(algorithm.deploy(after).tensors, algorithm.deploy(state).tensors)
+    assert all(bool(tensor.all()) for tensor in noise.values())
+    count = sum(tensor.numel() for tensor in noise.values())
+    assert tensors.norm(noise) / math.sqrt(count) == pytest.approx(0.3, rel=4 / math.sqrt(2 * count))
+    if name.startswith("fedbiot"):
+        assert tensors.digest(after.emulator) == tensors.digest(state.emulator)
 
 
 REFUSED = {
@@ -315,8 +355,9 @@ def test_local_noise_is_on_the_upload_before_it_leaves(profile: MemoryProfile) -
     assert tensors.norm(noise) / math.sqrt(count) == pytest.approx(1.0, rel=4 / math.sqrt(2 * count))
 
 
-def test_a_site_that_releases_is_asked_by_the_engine(profile: MemoryProfile) -> None:
-    algorithm = method(profile)
+@pytest.mark.parametrize("make", [method, *BESIDE_PAIRS.values()], ids=["fedit", *BESIDE_PAIRS])
+def test_a_site_that_releases_is_asked_by_the_engine(make, profile: MemoryProfile) -> None:  # type: ignore[no-untyped-def]
+    algorithm = make(profile)
 
     def site_for(client_id: int, round: int) -> Site:
         site = toy.site(CLIENTS[client_id])
@@ -329,12 +370,13 @@ def test_a_site_that_releases_is_asked_by_the_engine(profile: MemoryProfile) -> 
     for engine in (plain, noisy):
         guards = Safeguards(private=ClientDP("local", 0.5, 2.0))
         [(state, record)] = run_rounds(
-            algorithm, engine, CLIENTS, lambda _: {}, num_rounds=1, seed=3, safeguards=guards
+            *(algorithm, engine, CLIENTS, lambda _: {}), num_rounds=1, seed=3, safeguards=guards, server=toy.server
         )
-        found.append(state.adapter)
+        found.append(algorithm.deploy(state).tensors)
         assert record.facts["epsilon"] == pytest.approx(ClientDP("local", 0.5, 2.0).epsilon(1, 1.0))
     deviation = tensors.norm(tensors.subtract(*found)) / math.sqrt(sum(t.numel() for t in found[0].values()))
     assert 0.25 < deviation < 0.45  # of the mean of ten: 1 / sqrt(10)
+    assert all(bool(tensor.all()) for tensor in tensors.subtract(*found).values())
 
 
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"noise_multiplier": -1.0}, {"delta": 1.0}])

@@ -92,8 +92,12 @@ class RecLoRA:
 
     @property
     def averaging(self) -> Averaging:
-        """Of bank and gates, tensor by tensor; with ``suffix`` over those who trained it."""
-        return Averaging(self.weights == "uniform", same_names=self.participation != "suffix")
+        """Of bank and gates, tensor by tensor; with ``suffix`` over those who trained it.
+
+        User vectors come of a click model that has learnt from all clients.
+        """
+        alike = self.participation != "suffix"
+        return Averaging(self.weights == "uniform", same_names=alike, learnt_before=self.needs_user_vectors)
 
     def init(self, rng: np.random.Generator) -> RecLoRAState:
         """Every A_i random by itself, every B_i zero, so the model starts as the base."""

@@ -79,9 +79,9 @@ class ClientDP:
         if reason := self._against(how):
             raise PlanError(
                 f"privacy.kind {self.kind!r} must go with a method that takes only means of tensors from clients, got "
-                f"{type(algorithm).__name__}, {reason}; take fedit, ffa-lora without noise_multiplier and epsilon, "
-                "fed-pilot with aggregation 'layerwise' and a solver without scores, or hetlora with gamma 1; with "
-                "weights 'uniform'"
+                f"{type(algorithm).__name__}, {reason}; take fedit, fedbiot, fedins, ffa-lora without noise_multiplier "
+                "and epsilon, fed-pilot with aggregation 'layerwise' and a solver without scores, hetlora with gamma "
+                "1, or reclora with gate 'none'; with weights 'uniform'"
             )
 
     def sample(
@@ -130,6 +130,8 @@ class ClientDP:
             return "which does not average what clients send"
         if not how.tensors_only:
             return "whose state depends on what clients say of themselves"
+        if how.learnt_before:
+            return "whose clients train on what was learnt from all of them before the rounds, without noise"
         return "" if how.uniform or self.kind == "local" else "which weighs clients unlike"
 
 

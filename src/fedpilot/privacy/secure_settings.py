@@ -80,15 +80,17 @@ class SecureAggregation:
             reason = "which stacks, decomposes or corrects them"
         elif not how.tensors_only:
             reason = "whose clients also send scores, ranks or counts, which would travel openly"
+        elif how.learnt_before:
+            reason = "whose clients train on what was learnt from all of them before the rounds, without masks"
         elif not (how.uniform or weighs_by_examples(algorithm)):
             reason = "which weighs clients by what they send"
         else:
             return
         raise PlanError(
             "secure aggregation must go with a method that needs only sums of uploads, got "
-            f"{type(algorithm).__name__}, {reason}; take fedit, ffa-lora without noise_multiplier and epsilon, hetlora "
-            "with gamma 1 and weights 'uniform' or 'examples', or fed-pilot with aggregation 'layerwise' and a solver "
-            "without scores"
+            f"{type(algorithm).__name__}, {reason}; take fedit, fedbiot, fedins, ffa-lora without noise_multiplier and "
+            "epsilon, hetlora with gamma 1 and weights 'uniform' or 'examples', fed-pilot with aggregation 'layerwise' "
+            "and a solver without scores, or reclora with gate 'none'"
         )
 
 
