@@ -1,6 +1,7 @@
 """Identities of XGBLoRA."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,24 @@ def test_a_round_has_one_booster_and_who_cannot_train_it_all_trains_its_deepest_
         assert blocks_of(seed, peak(chosen) - 1) == blocks_of(seed, peak(chosen[1:])) == chosen[1:]
         assert blocks_of(seed, peak(chosen[1:]) - 1) == peak(chosen[1:])
     assert seen == {(0, 1), (0, 2), (1, 2)}
+
+
+@pytest.mark.parametrize(("num_steps", "taken"), [(40, 4), (3, 3)])
+def test_time_is_predicted_for_the_steps_that_a_client_takes(
+    profile: MemoryProfile, num_steps: int, taken: int
+) -> None:
+    """At most κ: who keeps its deadline in these trains."""
+    algorithm = XGBLoRA(toy.spec(), profile, blocks_per_round=1, kappa=4)
+    client, state = ClientProfile(0, 320, 10**9, num_steps, flops_per_second=1e3), XGBLoRAState({}, 0)
+    (plan,) = algorithm.plan(state, [client], np.random.default_rng(0))
+    assert isinstance(plan, Plan)
+    assert plan.seconds == memory.seconds(profile, plan, 1e3, taken)
+    on_time = replace(client, deadline_s=plan.seconds)
+    late = replace(client, deadline_s=0.9 * plan.seconds)
+    assert algorithm.plan(state, [on_time], np.random.default_rng(0)) == [plan]
+    (out,) = algorithm.plan(state, [late], np.random.default_rng(0))
+    assert isinstance(out, LeftOut)
+    assert f"needs {plan.seconds:.1f} s" in out.reason
 
 
 def test_a_third_of_the_blocks_is_the_default(profile: MemoryProfile) -> None:

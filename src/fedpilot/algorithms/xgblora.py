@@ -164,6 +164,7 @@ class XGBLoRA:
 
     def _deepest(self, client: ClientProfile, blocks: Sequence[int]) -> Plan | LeftOut:
         """Rank-1 pairs in the blocks, ascending, without the shallowest ones that do not fit; costs grow with depth."""
+        client = replace(client, num_steps=min(client.num_steps, self.kappa))
         for first in range(len(blocks)):
             plan = planning.priced(self.profile, self._booster(client, blocks[first:]), client)
             if planning.fits(plan, client):
