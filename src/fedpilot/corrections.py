@@ -31,11 +31,15 @@ class Bias:
     norm: float
 
     @classmethod
-    def of(cls, adapter: Tensors, module: str, residual: lora.ProductSum, total: float) -> "Bias":
-        """Of a module with the averaged pair and ``total`` times its R."""
+    def of(
+        cls, adapter: Tensors, module: str, residual: lora.ProductSum, total: float, *, noise: float = 0.0
+    ) -> "Bias":
+        """Of a module with the averaged pair and ``total`` times its R, of a norm up to ``noise`` by rounding alone."""
         a, b = adapter[lora.a_name(module)], adapter[lora.b_name(module)].double()
-        reach = residual.times(a.T).double() / total
-        return cls(b, a.double() @ a.double().T, reach, residual.norm() / total)
+        gram, norm = a.double() @ a.double().T, residual.norm()
+        if norm <= noise:
+            return cls(b, gram, torch.zeros_like(b), 0.0)
+        return cls(b, gram, residual.times(a.T).double() / total, norm / total)
 
 
 def correctable_share(biases: Iterable[Bias]) -> float:

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from fedpilot import corrections, lora, planning, tensors
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
+
+NOISE = 8 * torch.finfo(torch.float32).eps
+"""A residual below this share of its terms' size is rounding."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,18 @@ class LoRAFair:
         while the uploads pass, needs no Ā, and is small, so that float32 keeps its digits.
         """
         mean, total = tensors.HolderMean(), 0.0
-        residuals: dict[str, lora.ProductSum] = {}
+        residuals: dict[str, _Residual] = {}
         for upload in uploads:
             weight = upload.weight(self.weights)
             total += weight
             mean.add(upload.tensors, weight)
-            _add_products(residuals, tensors.subtract(upload.tensors, state.adapter), weight)
+            _add_products(residuals, upload.tensors, state.adapter, weight)
         means = mean.result()
-        _add_products(residuals, tensors.subtract(means, state.adapter), -total)
+        _add_products(residuals, means, state.adapter, -total)
         adapter = {**state.adapter, **means}
         biases = {
-            module: corrections.Bias.of(adapter, module, residual, total) for module, residual in residuals.items()
+            module: corrections.Bias.of(adapter, module, residual.sum, total, noise=NOISE * residual.size)
+            for module, residual in residuals.items()
         }
         for module, change in self._corrections(biases).items():
             adapter[lora.b_name(module)] = adapter[lora.b_name(module)] + change
@@ -141,8 +146,26 @@ class LoRAFair:
         return {module: change.float() for module, change in zip(biases, changes, strict=True)}
 
 
-def _add_products(sums: dict[str, lora.ProductSum], change: Tensors, weight: float) -> None:
-    """Takes ``weight * B @ A`` of every module in."""
-    for module in lora.modules_of(change):
-        a, b = change[lora.a_name(module)], change[lora.b_name(module)]
-        sums.setdefault(module, lora.ProductSum(b.shape[0], a.shape[1])).add(b, a, weight)
+@dataclass
+class _Residual:
+    """Σ w_k (B_k - B°)(A_k - A°) of a module, one client at a time, and the size of what is rounded in its terms."""
+
+    sum: lora.ProductSum
+    size: float = 0.0
+
+    def add(self, module: str, adapter: Tensors, start: Tensors, weight: float) -> None:
+        a_name, b_name = lora.a_name(module), lora.b_name(module)
+        a, b = adapter[a_name], adapter[b_name]
+        a_change, b_change = a - start[a_name], b - start[b_name]
+        self.sum.add(b_change, a_change, weight)
+        # A mean is rounded at the size of A and B, however little they have moved.
+        self.size += abs(weight) * float(b_change.norm() * a.norm() + b.norm() * a_change.norm())
+
+
+def _add_products(residuals: dict[str, _Residual], adapter: Tensors, start: Tensors, weight: float) -> None:
+    """Takes every module in."""
+    for module in lora.modules_of(adapter):
+        if module not in residuals:
+            out_features, in_features = len(adapter[lora.b_name(module)]), adapter[lora.a_name(module)].shape[1]
+            residuals[module] = _Residual(lora.ProductSum(out_features, in_features))
+        residuals[module].add(module, adapter, start, weight)
