@@ -303,6 +303,13 @@ def test_where_nobody_fits_the_run_says_what_would_do_and_stays_where_it_started
     assert "fedit (exclusive): no client could take part" in result.output
 
 
+def test_a_baseline_that_cannot_serve_a_client_is_an_error_before_the_methods_run(toy: Toy, tmp_path: Path) -> None:
+    result = toy.run("--out", str(tmp_path / "run"), *settings(baseline__participation="all"))
+    assert result.exit_code == 1
+    assert "client 0 must train everything with participation 'all'" in " ".join(result.output.split())
+    assert RunDirectory.open(tmp_path / "run").lines() == []
+
+
 @pytest.mark.parametrize(
     "partition",
     [

@@ -4,15 +4,24 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fedpilot import tensors
+from fedpilot.algorithms import FedExLoRA, FedIT, FedRA, FFALoRA, LoRAFair
+from fedpilot.engines.in_process import InProcess
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.exchange import UploadRecord
-from fedpilot.rounds import RoundRecord, generator, run_rounds, sample
+from fedpilot.manifest import manifest
+from fedpilot.memory import MemoryProfile
+from fedpilot.record import RunDirectory
+from fedpilot.rounds import SAMPLING, RoundRecord, generator, hardest, run_rounds, sample
+from fedpilot.runs import train
 from fedpilot.stopping import EarlyStop, Goal
 from fedpilot.types import (
     BaseDelta,
@@ -423,6 +432,101 @@ def test_a_cohort_is_drawn_without_replacement_in_the_populations_order_and_agai
 def test_a_cohort_size_that_the_population_has_not_is_refused(size: int) -> None:
     with pytest.raises(ConfigError, match=rf"cohort_size must lie in 1\.\.2, got {size}"):
         next(run_rounds(Adding(), Answers(), CLIENTS, mean_head, num_rounds=1, seed=0, cohort_size=size))
+
+
+class Nobody:
+    """An engine that must not be asked."""
+
+    def exchange(self, round: int, tasks: Iterable[Task]) -> Iterator[Upload | Failure]:
+        raise AssertionError(f"round {round} has begun")
+
+
+@pytest.mark.parametrize(
+    ("make", "odd", "message"),
+    [
+        (partial(FedIT, rank=2), {"memory_bytes": 1}, "client 17 must train everything with participation 'all'"),
+        (partial(FedExLoRA, rank=2), {"memory_bytes": 1}, "client 17 must train everything"),
+        (partial(LoRAFair, rank=2), {"num_steps": 40}, "client 17 must train everything .* deadline"),
+        (partial(FFALoRA, rank=2), {"memory_bytes": 1}, "client 17 must train B at rank 2"),
+        (
+            partial(FFALoRA, rank=2, noise_multiplier=1.0, delta=0.01),
+            {"num_examples": 100},
+            "delta must be below 1 / 100, the examples of client 17",
+        ),
+    ],
+)
+def test_what_a_method_cannot_do_for_a_client_is_an_error_before_anybody_is_sampled(
+    tmp_path: Path, profile: MemoryProfile, make: Any, odd: dict[str, Any], message: str
+) -> None:
+    """Whom it cannot serve is not in round 1; without being asked it would be found out when its turn comes."""
+    algorithm = make(toy.spec(), profile)
+    usual = ClientProfile(0, 10, 10**9, 2, deadline_s=1.0, flops_per_second=1e5)
+    people = [replace(usual, client_id=k, **(odd if k == 17 else {})) for k in range(50)]
+    assert 17 not in {client.client_id for client in sample(people, 3, generator(0, 1, SAMPLING))}
+    directory = RunDirectory.create(tmp_path / "run", manifest({}, seed=0, dtype="float32"))
+    with pytest.raises(PlanError, match=message):
+        train(algorithm, Nobody(), people, lambda d: {"loss": 0.0}, directory, num_rounds=9, cohort_size=3)
+    assert directory.lines() == []
+
+
+def test_asking_beforehand_changes_nothing_that_a_run_draws(tmp_path: Path, profile: MemoryProfile) -> None:
+    """`run_rounds` does not ask; FedRA's plans are drawn."""
+    algorithm = FedRA(toy.spec(), profile, rank=2)
+    people = [ClientProfile(k, 4 + k, 1500 + 150 * k) for k in range(6)]
+
+    def engine() -> InProcess:
+        return InProcess(algorithm, lambda client_id, round: toy.site(people[client_id]))
+
+    def evaluate(deployment: Deployment) -> dict[str, float]:
+        return {"loss": tensors.norm(deployment.tensors)}
+
+    directory = RunDirectory.create(tmp_path / "run", manifest({}, seed=3, dtype="float32"))
+    after = train(algorithm, engine(), people, evaluate, directory, num_rounds=3, cohort_size=2).state
+    *_, (state, record) = run_rounds(algorithm, engine(), people, evaluate, num_rounds=3, seed=3, cohort_size=2)
+    assert record.plans
+    assert tensors.digest(after.adapter) == tensors.digest(state.adapter)
+
+
+def test_a_few_hardest_clients_are_refused_where_anybody_is() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        people = [
+            ClientProfile(
+                k,
+                int(rng.integers(1, 400)),
+                int(rng.integers(1000)),
+                int(rng.integers(1, 30)),
+                deadline_s=float(rng.integers(1, 3)),
+                flops_per_second=1.0,
+            )
+            for k in range(300)
+        ]
+        few = hardest(people)
+        assert len(few) < 30
+        for _ in range(200):
+            small, large, late = rng.integers(0, 150), rng.integers(850, 1000), rng.integers(8, 30)
+            fewest, most = rng.integers(1, 8), rng.integers(392, 401)
+
+            def refused(
+                client: ClientProfile,
+                small: int = small,
+                large: int = large,
+                late: int = late,
+                fewest: int = fewest,
+                most: int = most,
+            ) -> bool:
+                """It needs the fewer bytes where it recomputes, for which it must have the time."""
+                recomputes = client.memory_bytes < large
+                in_time = client.num_steps * (2 if recomputes else 1) <= late * (client.deadline_s or 0)
+                return client.memory_bytes < small or not in_time or not fewest <= client.num_examples <= most
+
+            assert any(map(refused, few)) == any(map(refused, people))
+
+
+def test_of_many_clients_few_are_asked() -> None:
+    people = [ClientProfile(k, 64 + k % 700, 1000 * (1 + k % 4), 1 + (64 + k % 700) // 16) for k in range(100_000)]
+    assert len(hardest(people)) <= 10
+    assert hardest([]) == []
 
 
 def test_a_population_must_have_clients_with_distinct_ids() -> None:

@@ -19,7 +19,7 @@ from fedpilot.config.setup import Experiment
 from fedpilot.errors import ConfigError, RecordError
 from fedpilot.manifest import as_json, check_same_run, differences, manifest
 from fedpilot.record import RunDirectory, strict
-from fedpilot.rounds import Evaluate, Observer, Unwatched, measured
+from fedpilot.rounds import Evaluate, Observer, Unwatched, check_clients, generator, measured
 from fedpilot.runs import train
 from fedpilot.startup import Parent
 from fedpilot.stopping import Halted
@@ -227,6 +227,10 @@ def run(job: Job, watch: Watch = unwatched, *, read_test: bool = True) -> Compar
 
 def _run(job: Job, watch: Watch, read_test: bool) -> Comparison | None:
     recipe = job.recipe
+    if recipe.baseline is not None and not job.directory.checkpoints():
+        baseline = job.experiment.algorithm(recipe.baseline)  # its run comes last, its refusal should not
+        state = baseline.init(generator(recipe.run.seed, 0))
+        check_clients(baseline, state, job.experiment.population.clients, recipe.run.seed)
     with watch(recipe.algorithm.name, recipe.run.rounds) as observer:
         ended = _train(job, recipe.algorithm, job.directory, recipe.run.rounds, observer, stop_early=True)
     if read_test:

@@ -104,6 +104,40 @@ def check_server(algorithm: object, server: ServerSite | None) -> None:
         )
 
 
+def check_clients(algorithm: Algorithm[State], state: State, population: Sequence[ClientProfile], seed: int) -> None:
+    """Refuses a method that cannot serve a client, before any is sampled; draws nothing that the rounds draw.
+
+    Raises:
+        PlanError: As said.
+    """
+    asked = hardest(population)
+    if asked:
+        check_plans(algorithm.plan(state, asked, generator(seed, 0, PLANNING)), asked)
+
+
+def hardest(population: Sequence[ClientProfile]) -> list[ClientProfile]:
+    """A few clients, of whom a method refuses one if it refuses anybody.
+
+    It refuses for too few bytes, for too many steps in a given time, or because of privacy for too few examples or too
+    many; nothing is known of anybody yet. Of 100,000 clients of four tiers that is some ten, so planning them costs no
+    more than a round does.
+
+    >>> steps = {5: 1, 6: 3, 7: 2, 8: 9}
+    >>> people = [ClientProfile(k, 10 + k, memory_bytes=k, num_steps=n) for k, n in steps.items()]
+    >>> [client.client_id for client in hardest([*people, ClientProfile(9, 12, 100)])]
+    [5, 6, 8, 9]
+    """
+    by_examples = sorted(population, key=lambda client: client.num_examples)
+    kept = {client.client_id for client in (*by_examples[:1], *by_examples[-1:])}
+    most_steps: dict[tuple[float | None, float | None], int] = {}
+    for client in sorted(population, key=lambda client: (client.memory_bytes, -client.num_steps)):
+        time = client.deadline_s, client.flops_per_second
+        if client.num_steps > most_steps.get(time, -1):  # else one of no more bytes has as many steps to do
+            most_steps[time] = client.num_steps
+            kept.add(client.client_id)
+    return [client for client in population if client.client_id in kept]
+
+
 # --- what is recorded ---------------------------------------------------------------------------------------------
 
 

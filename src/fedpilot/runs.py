@@ -17,6 +17,7 @@ from fedpilot.rounds import (
     Observer,
     RoundRecord,
     ServerSite,
+    check_clients,
     check_server,
     first_state,
     generator,
@@ -111,12 +112,13 @@ def train(
         Halted: The run was asked to end; all rounds so far can be gone on from.
         RecordError: The directory cannot be resumed or written.
         ConfigError: A goal's metric is not among those of the evaluation.
-        PlanError: A safeguard cannot serve the method, or allows no round; or the method lacks a server's site.
+        PlanError: A safeguard cannot serve the method, or allows no round; or the method lacks a server's site, or
+            cannot serve a client of the population, sampled or not.
     """
     safeguards.check(algorithm)
     check_server(algorithm, server)
     planned, num_rounds = num_rounds, safeguards.last_round(num_rounds, population, cohort_size)
-    state, done = _begin(algorithm, engine, evaluate, directory, observer, server)
+    state, done = _begin(algorithm, engine, population, evaluate, directory, observer, server)
     history = directory.history()
     _save_adapters(directory, algorithm.deploy(state), done, history, best)
     stopped = early_stop is not None and early_stop.due(history)
@@ -163,6 +165,7 @@ def train(
 def _begin(
     algorithm: Algorithm[State],
     engine: Engine,
+    population: Sequence[ClientProfile],
     evaluate: Evaluate,
     directory: RunDirectory,
     observer: Observer | None,
@@ -186,6 +189,7 @@ def _begin(
         facts = algorithm.explain(state) if isinstance(algorithm, Explains) else {}
         took = time.perf_counter() - start
         record = replace(record, facts=dict(facts), seconds={"refine": took, "total": took})
+    check_clients(algorithm, state, population, directory.seed)
     record = replace(record, metrics=measured(algorithm, state, evaluate))
     directory.append(record)
     if isinstance(engine, KeepsOutside):
