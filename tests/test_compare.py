@@ -23,7 +23,7 @@ from fedpilot.compare.study import Member, Study
 from fedpilot.compare.workers import Watcher
 from fedpilot.config import setup
 from fedpilot.config.recipe import Recipe, load_recipe
-from fedpilot.errors import ConfigError, RecordError
+from fedpilot.errors import ConfigError, PlanError, RecordError, TrainingError
 from fedpilot.memory import MemoryProfile
 from fedpilot.record import RunDirectory
 from fedpilot.stopping import Goal
@@ -283,6 +283,77 @@ def test_a_search_chooses_on_validation_data_and_all_runs_of_the_method_take_wha
     other = fedpilot("compare", str(folder / "toy.toml"), *options, "--tune", "training.learning_rate=1", *search[2:])
     assert other.exit_code == 1
     assert "must come from this search" in other.output
+
+
+def failing(problems: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets runs fail so, by their label; the others are done."""
+
+    def run(members: Sequence[Member], **options: Any) -> dict[str, str]:
+        run_here([member for member in members if member.label not in problems], **options)
+        return {member.label: problems[member.label] for member in members if member.label in problems}
+
+    monkeypatch.setattr(command, "run_in_processes", run)
+
+
+def test_a_method_is_tuned_when_all_its_tries_are_made_and_the_same_command_makes_a_missing_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    options = ["compare", str(folder / "toy.toml"), "--algorithms", "fedit,lower", "--seeds", "1", "--out", str(out)]
+    search = ["--tune", "training.learning_rate=1e-6,0.02", "--tune-rounds", "1"]
+    killed = {"fedit learning_rate=0.02": "killed by signal 9"}
+    failing({**killed, "lower learning_rate=0.02": workers.Refusal("exit code 76: it cannot")}, monkeypatch)
+    result = fedpilot(*options, *search)
+    output = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert "fedit failed: its search lacks fedit learning_rate=0.02, which the same command tries again" in output
+    assert tomllib.loads((out / "tuned.toml").read_text())["methods"].keys() == {"lower"}
+    assert (out / "lower" / "seed-0").exists()
+    assert not (out / "fedit").exists()
+
+    failing({}, monkeypatch)
+    result = fedpilot(*options, *search)
+    assert result.exit_code == 0, result.output
+    assert (out / "tune" / "fedit" / "learning_rate=0.02" / "manifest.json").exists()
+    assert not (out / "tune" / "lower" / "learning_rate=0.02").exists()
+    assert tomllib.loads((out / "tuned.toml").read_text())["methods"].keys() == {"fedit", "lower"}
+    assert (out / "fedit" / "seed-0").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [("kill -9 $$", False), ("exit 1", False), ("exit 2", True), (f"exit {workers.REFUSED}", True)],
+)
+def test_a_problem_is_a_runs_own_or_may_be_the_machines(
+    members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, own: bool
+) -> None:
+    monkeypatch.setattr(workers.subprocess, "Popen", stand_in(script))
+    places = {"traces": tmp_path / "traces", "logs": tmp_path / "logs"}
+    (problem,) = workers.run_members(members[:1], workers=1, watcher=Notes(), **places).values()
+    assert isinstance(problem, workers.Refusal) is own
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (PlanError("it cannot"), True),
+        (TrainingError("the loss must be finite"), True),
+        (MemoryError("full"), False),
+        (RecordError("no space left"), False),
+    ],
+)
+def test_a_worker_says_by_its_exit_code_that_its_run_is_at_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, ended: bool
+) -> None:
+    def work(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(workers, "_work", work)
+    with pytest.raises(SystemExit if ended else type(error)) as raised:
+        workers.work(lambda path: None)
+    if isinstance(raised.value, SystemExit):
+        assert raised.value.code == workers.REFUSED
+        assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_run_that_fails_is_named_at_the_end_and_the_exit_code_tells(

@@ -13,6 +13,7 @@ from fedpilot.compare import report, study, tuning
 from fedpilot.compare.report import Report
 from fedpilot.compare.study import DryPlan, Member, Study
 from fedpilot.compare.tuning import Choice, Search
+from fedpilot.compare.workers import Refusal
 from fedpilot.compare.workers import run_members as run_in_processes
 from fedpilot.config.recipe import load_recipe
 from fedpilot.report import page
@@ -74,12 +75,18 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
 
 def search_settings(console: Console, made: Study, search: Search, workers: int | None) -> tuple[Study, dict[str, str]]:
-    """Tries every method with every setting, and takes the best on validation data."""
+    """Tries every method with every setting, and takes the best on validation data.
+
+    A method of which a try is missing, say because its process was killed, is not chosen for yet and does not run.
+    """
     problems = run_members(console, made, tuning.tries(made, search), workers)
-    chosen = tuning.choose(made, search)
+    refused = {label for label, problem in problems.items() if isinstance(problem, Refusal)}
+    left, chosen = tuning.missing(made, search, refused), tuning.choose(made, search, refused)
     made = tuning.write(made, search, chosen)
     console.print(search_table(made, search, chosen))
     absent = {method: "no try of its search succeeded" for method in made.methods if method not in chosen}
+    again = "its search lacks {}, which the same command tries again; nothing is chosen before"
+    absent |= {method: again.format(", ".join(labels)) for method, labels in left.items()}
     return replace(made, methods=tuple(method for method in made.methods if method in chosen)), problems | absent
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedpilot import checkpoint
@@ -139,10 +139,28 @@ class Choice:
     scores: Mapping[tuple[str, ...], float]
 
 
-def choose(made: Study, search: Search) -> dict[str, Choice]:
-    """The best try of each method whose tries are done; of equals the first."""
+def missing(made: Study, search: Search, refused: Collection[str] = ()) -> dict[str, list[str]]:
+    """Method -> labels of its tries that are to be made yet, of methods that have not been tuned before.
+
+    Args:
+        made: The comparison.
+        search: The search.
+        refused: Labels of tries that failed and would again.
+    """
+    found: dict[str, list[str]] = {}
+    for member in tries(made, search):
+        if member.label not in refused and not member.done():
+            found.setdefault(member.method, []).append(member.label)
+    return found
+
+
+def choose(made: Study, search: Search, refused: Collection[str] = ()) -> dict[str, Choice]:
+    """The best try of each method none of whose tries is `missing`; of equals the first."""
     chosen: dict[str, Choice] = {}
+    left = missing(made, search, refused)
     for method in made.methods:
+        if method in left:
+            continue
         scores: dict[tuple[str, ...], float] = {}
         for candidate in search.candidates():
             member = _member(made, search, method, candidate)

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from fedpilot import interrupts, jobs
 from fedpilot.compare.study import Member
 from fedpilot.config.recipe import read_recipe
+from fedpilot.errors import PlanError, TrainingError
 from fedpilot.stopping import Halted
 
 POLL_S = 0.2
@@ -27,6 +30,14 @@ GRACE_S = 10.0
 COMMAND = "compare-worker"
 HALTED = 75
 """Exit code of a worker that ended after a round because it was asked to."""
+REFUSED = 76
+"""Exit code of a worker whose run cannot be done as it is asked for."""
+OWN = (PlanError, TrainingError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What ends a run by its own settings and numbers; a signal, memory or a disk may do better next time."""
+
+
+class Refusal(str):
+    """A problem that would come again, because it is the run's own."""
 
 
 class Watcher(Protocol):
@@ -93,7 +104,7 @@ def run_members(
         halt: Whether runs are to end after their rounds, and no more to begin.
 
     Returns:
-        Label -> what went wrong, for those that failed.
+        Label -> what went wrong, for those that failed; a `Refusal` where it would again.
 
     Raises:
         Halted: They did.
@@ -189,7 +200,8 @@ def _problem(worker: _Running, code: int) -> str:
     said = [line for line in worker.log.read_text(errors="replace").splitlines() if line.strip()]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     last = f": {said[-1].removeprefix('error: ')}" if said else ""
-    return f"{how}{last} (all of it in {worker.log})"
+    text = f"{how}{last} (all of it in {worker.log})"
+    return Refusal(text) if code in (2, REFUSED) else text  # 2: its recipe is wrong
 
 
 # --- in the worker's process --------------------------------------------------------------------------------------
@@ -201,8 +213,12 @@ def work(begun: Callable[[Path], None]) -> None:
     Args:
         begun: Called with the run directory once it is there.
     """
-    with interrupts.after_the_round(b"") as halt:
-        _work(begun, halt)
+    try:
+        with interrupts.after_the_round(b"") as halt:
+            _work(begun, halt)
+    except OWN as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(REFUSED)
 
 
 def _work(begun: Callable[[Path], None], halt: Callable[[], bool]) -> None:
