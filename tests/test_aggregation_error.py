@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpilot import aggregation_error, base_deltas, lora, memory, rounds
+from fedpilot import aggregation_error, base_deltas, lora, memory, planning, rounds
 from fedpilot.aggregation_error import AggregationError
 from fedpilot.algorithms.fed_pilot import FedPilot
 from fedpilot.algorithms.fedex_lora import FedExLoRA
@@ -132,6 +132,23 @@ INEXACT: Mapping[str, Make] = {
 @pytest.mark.parametrize("name", EXACT)
 def test_it_is_zero_for_methods_that_are_exact(name: str, profile: MemoryProfile) -> None:
     assert Trial(EXACT[name](SPEC, profile)).measured() <= 1e-5
+
+
+def test_flexlora_with_unlike_ranks_has_the_mean_of_the_products_and_not_of_the_updates(
+    profile: MemoryProfile,
+) -> None:
+    """A cut at r_max = 6 loses nothing; what counts as an update is what rank 1 cut off on the way down."""
+    algorithm = FlexLoRA(SPEC, profile, r_min=1, r_max=6)
+    least = memory.peak_bytes(profile, planning.train_all(SPEC, 0, 1))
+    trial = Trial(algorithm, (replace(CLIENTS[0], memory_bytes=least), *CLIENTS[1:]))
+    assert [set(plan.ranks.values()) for plan in trial.plans] == [{1}, {6}, {6}]
+    total = sum(upload.num_examples for upload in trial.uploads)
+    for module in SPEC.modules:
+        products = [u.num_examples / total * weight(u.tensors, BaseDelta(), module) for u in trial.uploads]
+        found = weight(algorithm.deploy(trial.after).tensors, BaseDelta(), module)
+        torch.testing.assert_close(found, torch.stack(products).sum(dim=0), rtol=1e-4, atol=1e-5)
+    assert trial.measured() > 1e-2
+    assert trial.measured() == pytest.approx(trial.expected(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", INEXACT)
