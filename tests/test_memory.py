@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig
 
-from fedpilot import allocation, lora, memory
+from fedpilot import allocation, lora, memory, planning
+from fedpilot.config import setup
 from fedpilot.errors import ModelError, PlanError
 from fedpilot.memory import LiveStorages, MemoryProfile, StepProgram
-from fedpilot.model import AdaptedModel
+from fedpilot.model import AdaptedModel, ModelSettings, build_model
 from fedpilot.training import TrainingSettings
 from fedpilot.types import Choice, ModelSpec, Plan
 from tests import tiny, toy
@@ -517,3 +520,16 @@ def test_calibration_adds_what_a_gpu_needs_besides() -> None:
     calibrated = memory.calibrate(lambda plan, m: model.program(plan, training_of("vit"), m), profile, device, [plan])
     assert calibrated.overhead_bytes > 0
     assert memory.peak_bytes(calibrated, plan) - memory.peak_bytes(profile, plan) == calibrated.overhead_bytes
+
+
+def test_recomputing_all_blocks_costs_half_as_much_arithmetic_again(tmp_path: Path) -> None:
+    """As docs/memory.md says: a frozen base has no weight gradients, so a step is a forward and as much backward."""
+    BertConfig(
+        vocab_size=100, hidden_size=384, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=12
+    ).save_pretrained(tmp_path)
+    sketch = build_model(ModelSettings(str(tmp_path), rank=8, max_length=32), num_labels=2, device="fake")
+    profile = setup.profile_of(sketch, TrainingSettings(learning_rate=1e-3, batch_size=16), checkpointing=True)
+    plain = planning.train_all(sketch.spec, 0, 8)
+    recomputed = replace(plain, checkpointed=frozenset(range(3)))
+    plain_s, recomputed_s = (memory.seconds(profile, plan, 1.0, 1) for plan in (plain, recomputed))
+    assert recomputed_s == pytest.approx(1.5 * plain_s, rel=0.02)
