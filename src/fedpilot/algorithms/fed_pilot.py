@@ -199,8 +199,8 @@ class FedPilot:
         """Γ''_j = λ S Γ̂_j + (1 - λ) Γ̄̂_j where the client could afford to score block j, Γ̄̂_j elsewhere.
 
         Γ̂ sums to 1 over the blocks that the client scored, Γ̄̂ over all; S, the sum of Γ̄̂ over the scored ones, makes
-        them comparable: no block gains or loses by being affordable, and Γ'' sums to 1. Before the first measurement all
-        blocks are worth the same; a block that nobody could score is worth the mean.
+        them comparable: no block gains or loses by being affordable, and Γ'' sums to 1. Before the first measurement
+        all blocks are worth the same; a block that nobody could score is worth the mean.
         """
         known = state.global_scores
         if not known:
