@@ -61,9 +61,9 @@ class FedPilot:
         solver: How blocks are chosen: ``exact``; ``additive``, the paper's knapsack over stand-alone costs; or a
             baseline that ignores the values: ``suffix``, ``random``, ``all``, ``all-checkpointed``.
         checkpointing: Whether the exact solver may also recompute blocks.
-        max_time: Longest local update that the solver may choose, as a multiple, at least 1, of what training every
-            block plainly takes on the same client; ``None`` for no bound (ours). At 1 a client with little memory
-            recomputes only for as long as the ones with much memory train anyhow.
+        max_time: Longest training that the solver may choose, as a multiple, at least 1, of what training every block
+            plainly takes on the same client; ``None`` for no bound (ours). At 1 a client with little memory recomputes
+            only for as long as the ones with much memory train anyhow; measuring scores is not included.
         lam: λ, weight of the local score; 1 is local only, 0 global only.
         ig_examples: Size of a client's IG set.
         refresh_every: E, rounds between two measurements of the scores.
