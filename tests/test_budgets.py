@@ -90,6 +90,37 @@ def test_recomputing_in_the_time_of_plain_training_goes_as_deep_as_that_time_all
     assert blocks > suffix
 
 
+def test_recomputing_while_a_round_waits_anyway_makes_no_round_longer() -> None:
+    """The clients of many examples set the pace; those of few recompute as much as their memory asks for."""
+    sketch = tiny.build("bert", device="fake")
+    spec = sketch.spec
+    profile = memory.trace(lambda plan, micro: sketch.program(plan, TRAINING, micro), spec, batch=4)
+    everything = planning.train_all(spec, 0, 8)
+    recomputed = replace(everything, checkpointed=frozenset(range(spec.num_blocks)))
+    budget = memory.peak_bytes(profile, recomputed)
+    slow = ClientProfile(0, 40, budget, 10, None, 1e6)
+    quick, rich = replace(slow, client_id=1, num_steps=3), replace(slow, client_id=2, num_steps=3, memory_bytes=10**12)
+    cohort = [slow, quick, rich]
+
+    def planned(**options: Any) -> list[Plan | LeftOut]:
+        algorithm = FedPilot(spec, profile, **options)
+        rng = np.random.default_rng(0)
+        return list(algorithm.plan(algorithm.init(rng), cohort, rng))
+
+    def blocks(entry: Plan | LeftOut) -> int:
+        return len(planning.trained_blocks(spec, entry)) if isinstance(entry, Plan) else 0
+
+    plain, bounded = planned(), planned(checkpointing=True, max_time="round")
+    longest = max(plan.seconds or 0.0 for plan in plain if isinstance(plan, Plan))
+    for before, after in zip(plain, bounded, strict=True):
+        assert isinstance(after, Plan)
+        assert after.seconds is not None
+        assert after.seconds <= longest * (1 + 1e-9)
+        assert blocks(after) >= blocks(before)
+    assert [blocks(plan) for plan in (plain[1], bounded[1], bounded[2])] == [blocks(plain[0]), 12, 12]
+    assert blocks(plain[1]) < 12
+
+
 @pytest.mark.slow
 def test_a_run_of_a_real_model_that_is_killed_and_resumed_ends_with_the_same_adapter(tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "tiny.toml"

@@ -76,6 +76,12 @@ def max_flops(client: ClientProfile) -> float | None:
     return client.deadline_s * client.flops_per_second / client.num_steps
 
 
+def within(client: ClientProfile, seconds: float) -> ClientProfile:
+    """The client with a deadline of so many seconds, where it has no earlier one."""
+    limit = seconds * (1 + 1e-9)  # what takes just as long may be rounded up
+    return replace(client, deadline_s=limit if client.deadline_s is None else min(limit, client.deadline_s))
+
+
 def priced(profile: MemoryProfile, plan: Plan, client: ClientProfile, num_scored: int = 0) -> Plan:
     """The plan with its predicted peak and, where the client's speed is known, its predicted seconds.
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedpilot import lora, memory, planning, tensors
+from fedpilot import lora, planning, tensors
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
 from fedpilot.types import Averaging, ClientProfile, Deployment, LeftOut, ModelSpec, Plan, Site, Task, Tensors, Upload
@@ -61,9 +61,11 @@ class FedPilot:
         solver: How blocks are chosen: ``exact``; ``additive``, the paper's knapsack over stand-alone costs; or a
             baseline that ignores the values: ``suffix``, ``random``, ``all``, ``all-checkpointed``.
         checkpointing: Whether the exact solver may also recompute blocks.
-        max_time: Longest training that the solver may choose, as a multiple, at least 1, of what training every block
-            plainly takes on the same client; ``None`` for no bound (ours). At 1 a client with little memory recomputes
-            only for as long as the ones with much memory train anyhow; measuring scores is not included.
+        max_time: Longest training that the solver may choose, measuring not included (ours). A number, at least 1, is a
+            multiple of what training every block plainly takes on the same client: at 1 a client with little memory
+            recomputes only for as long as the ones with much memory train anyhow. ``round`` is what the round takes
+            without recomputing: clients recompute in the time in which they would wait for the slowest. ``None`` for no
+            bound.
         lam: λ, weight of the local score; 1 is local only, 0 global only.
         ig_examples: Size of a client's IG set.
         refresh_every: E, rounds between two measurements of the scores.
@@ -84,7 +86,7 @@ class FedPilot:
     rank_exponent: float = 0.5
     solver: planning.Solver = "exact"
     checkpointing: bool = False
-    max_time: float | None = None
+    max_time: float | Literal["round"] | None = None
     lam: float = 0.5
     ig_examples: int = 64
     refresh_every: int = 10
@@ -98,7 +100,7 @@ class FedPilot:
     weights: Literal["examples", "uniform"] = "examples"
 
     def __post_init__(self) -> None:
-        if self.max_time is not None and not self.max_time >= 1:
+        if isinstance(self.max_time, float) and not self.max_time >= 1:
             raise PlanError(f"max_time must be at least 1, got {self.max_time}; leave it out for no bound")
 
     @property
@@ -131,25 +133,31 @@ class FedPilot:
             self.checkpointing,
         )
         values = [self.combined_scores(state, client.client_id) for client in cohort]
-        plans = allocate([self._in_time(client) for client in cohort], values, rng)
-        if not self._measures(state):
-            return plans
+        plans = allocate(self._in_time(cohort, replace(allocate, checkpointing=False), values, rng), values, rng)
         return [
-            planning.scoring(self.profile, self.spec, plan, client, self.ig_examples)
+            self._measuring(state, planning.priced(self.profile, plan, client), client)
             if isinstance(plan, Plan)
             else plan
             for plan, client in zip(plans, cohort, strict=True)
         ]
 
-    def _in_time(self, client: ClientProfile) -> ClientProfile:
-        """The client with the deadline that ``max_time`` means for it."""
+    def _in_time(
+        self,
+        cohort: Sequence[ClientProfile],
+        plainly: planning.BlockAllocation,
+        values: Sequence[Scores],
+        rng: np.random.Generator,
+    ) -> Sequence[ClientProfile]:
+        """The clients with the deadlines that ``max_time`` means for them."""
         if self.max_time is None:
-            return client
-        speed = client.flops_per_second or 1.0
-        plain = planning.train_all(self.spec, client.client_id, self.rank)
-        limit = self.max_time * memory.seconds(self.profile, plain, speed, client.num_steps) * (1 + 1e-9)  # rounding
-        deadline = limit if client.deadline_s is None else min(limit, client.deadline_s)
-        return replace(client, deadline_s=deadline, flops_per_second=speed)
+            return cohort
+        timed = [replace(client, flops_per_second=client.flops_per_second or 1.0) for client in cohort]
+        if self.max_time == "round":
+            taken = [plan.seconds or 0.0 for plan in plainly(timed, values, rng) if isinstance(plan, Plan)]
+            return [planning.within(client, max(taken)) for client in timed] if taken else cohort
+        everything = planning.train_all(self.spec, -1, self.rank)
+        plain = [planning.priced(self.profile, everything, client).seconds or 0.0 for client in timed]
+        return [planning.within(c, self.max_time * took) for c, took in zip(timed, plain, strict=True)]
 
     def distribute(self, state: FedPilotState, plan: Plan) -> Task:
         """The whole adapter; blocks that train at a lower rank get its first rows."""
@@ -210,6 +218,12 @@ class FedPilot:
         local = _normalised(state.local_scores.get(client_id, {}))
         share = sum(overall[j] for j in local)
         return {j: self.lam * share * local[j] + (1 - self.lam) * g if j in local else g for j, g in overall.items()}
+
+    def _measuring(self, state: FedPilotState, plan: Plan, client: ClientProfile) -> Plan:
+        """The plan, which scores the blocks that it can in a round that measures."""
+        if not self._measures(state):
+            return plan
+        return planning.scoring(self.profile, self.spec, plan, client, self.ig_examples)
 
     def _measures(self, state: FedPilotState) -> bool:
         """Whether scores are measured in the coming round: every E rounds, and never for a solver that ignores them."""
