@@ -271,6 +271,7 @@ def test_a_search_chooses_on_validation_data_and_all_runs_of_the_method_take_wha
     chosen = tomllib.loads((out / "tuned.toml").read_text())["methods"]["fedit"]["set"]
     member = RunDirectory.open(out / "fedit" / "seed-0")
     assert chosen == [f"training.{best.path.name}"]
+    assert f"{chosen[0]} is at the edge of what was tried and best for fedit" in result.output
     assert (
         member.manifest["config"]["training"]["learning_rate"]  # type: ignore[index]
         == best.manifest["config"]["training"]["learning_rate"]  # type: ignore[index]

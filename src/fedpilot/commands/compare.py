@@ -84,6 +84,7 @@ def search_settings(console: Console, made: Study, search: Search, workers: int 
     left, chosen = tuning.missing(made, search, refused), tuning.choose(made, search, refused)
     made = tuning.write(made, search, chosen)
     console.print(search_table(made, search, chosen))
+    show_edges(console, search, chosen)
     absent = {method: "no try of its search succeeded" for method in made.methods if method not in chosen}
     again = "its search lacks {}, which the same command tries again; nothing is chosen before"
     absent |= {method: again.format(", ".join(labels)) for method, labels in left.items()}
@@ -133,6 +134,17 @@ def search_table(made: Study, search: Search, chosen: Mapping[str, Choice]) -> T
         scores = [(candidate, choice.scores[candidate]) for candidate in search.candidates()]
         table.add_row(method, *(f"{score:.4f}{' *' if c == choice.overrides else ''}" for c, score in scores))
     return table
+
+
+def show_edges(console: Console, search: Search, chosen: Mapping[str, Choice]) -> None:
+    """Says where the best of what was tried may not be the best."""
+    edges: dict[str, list[str]] = {}
+    for method, choice in chosen.items():
+        for override in search.at_edge(choice.overrides):
+            edges.setdefault(override, []).append(method)
+    for override, methods in edges.items():
+        text = f"{override} is at the edge of what was tried and best for {', '.join(methods)}: try values beyond it"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_report(console: Console, found: Report, *, tables: bool) -> None:

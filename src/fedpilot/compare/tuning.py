@@ -37,6 +37,24 @@ class Search:
         pairs = [[f"{key}={value}" for value in values] for key, values in self.grid.items()]
         return list(itertools.product(*pairs))
 
+    def at_edge(self, overrides: Sequence[str]) -> list[str]:
+        """Those of a candidate's settings that are the least or the greatest of the numbers tried.
+
+        >>> search = Search({"a.x": ("1e-3", "1e-2", "0.1"), "a.y": ("1", "2"), "a.z": ("p", "q")}, rounds=5)
+        >>> search.at_edge(("a.x=1e-2", "a.y=2", "a.z=p"))
+        ['a.y=2']
+        """
+        found = []
+        for override, values in zip(overrides, self.grid.values(), strict=True):
+            try:
+                numbers = [float(value) for value in values]
+            except ValueError:
+                continue
+            value = float(override.partition("=")[2])
+            if min(numbers) < max(numbers) and value in (min(numbers), max(numbers)):
+                found.append(override)
+        return found
+
     def facts(self) -> dict[str, object]:
         """What the file of the outcome keeps of it."""
         return {
