@@ -200,12 +200,12 @@ def test_a_change_of_the_base_is_charged_to_the_download() -> None:
     @dataclass(frozen=True)
     class Merging(Adding):
         def distribute(self, state: Tensors, plan: Plan) -> Task:
-            steps = ({"m.weight": torch.zeros(5, 3)}, {"m.weight": torch.ones(5, 3)})
+            steps = tuple({"m.base_A": torch.ones(1, 5), "m.base_B": torch.full((9, 1), x)} for x in (0.0, 1.0))
             held = {1: 0, 2: 1}[plan.client_id]  # the second client has the first step already
             return Task(plan, state, BaseDelta(2, steps=steps, since=held))
 
     _, record = one_round(Answers(), Merging())
-    assert record.bytes_down == 2 * BYTES + 3 * 4 * 15
+    assert record.bytes_down == 2 * BYTES + 3 * 4 * 14
 
 
 def test_what_a_client_draws_itself_is_not_charged() -> None:

@@ -341,7 +341,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_methods_that_cannot_be_summed_are_told_which_can(reason: str, profile: MemoryProfile) -> None:
-    with pytest.raises(PlanError, match=f"{reason}.*take fedit, ffa-lora"):
+    with pytest.raises(PlanError, match=f"{reason}.*take fedit, fedbiot, fedins, ffa-lora"):
         SecureAggregation().check(REFUSED[reason](profile))
 
 
