@@ -18,7 +18,7 @@ from fedpilot.algorithms.fed_pilot import FedPilot
 from fedpilot.memory import MemoryProfile
 from fedpilot.record import RunDirectory
 from fedpilot.training import TrainingSettings
-from fedpilot.types import ClientProfile, LeftOut, Plan
+from fedpilot.types import ClientProfile, LeftOut, ModelSpec, Plan
 from tests import tiny
 
 TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=4)
@@ -57,15 +57,21 @@ def _values(num_blocks: int, rng: np.random.Generator) -> dict[int, float]:
     return {block: float(value) for block, value in enumerate(rng.random(num_blocks))}
 
 
-def test_recomputing_in_the_time_of_plain_training_goes_as_deep_as_that_time_allows() -> None:
-    """Where memory is enough for recomputing everything: all blocks without a bound, at 1 none beyond plain time."""
+def _recomputing() -> tuple[ModelSpec, MemoryProfile, Plan, int]:
+    """A model, its costs, the plan that trains all of it, and the bytes that it takes with all of it recomputed."""
     sketch = tiny.build("bert", device="fake")
     spec = sketch.spec
     profile = memory.trace(lambda plan, micro: sketch.program(plan, TRAINING, micro), spec, batch=4)
     everything = planning.train_all(spec, 0, 8)
     recomputed = replace(everything, checkpointed=frozenset(range(spec.num_blocks)))
+    return spec, profile, everything, memory.peak_bytes(profile, recomputed)
+
+
+def test_recomputing_in_the_time_of_plain_training_goes_as_deep_as_that_time_allows() -> None:
+    """Where memory is enough for recomputing everything: all blocks without a bound, at 1 none beyond plain time."""
+    spec, profile, everything, budget = _recomputing()
     rich = ClientProfile(0, 4, 10**12, 3, None, 1e6)
-    poor = replace(rich, memory_bytes=memory.peak_bytes(profile, recomputed))
+    poor = replace(rich, memory_bytes=budget)
     plain = planning.priced(profile, everything, rich)
     assert plain.seconds is not None
     assert plain.peak_bytes is not None
@@ -92,12 +98,7 @@ def test_recomputing_in_the_time_of_plain_training_goes_as_deep_as_that_time_all
 
 def test_recomputing_while_a_round_waits_anyway_makes_no_round_longer() -> None:
     """The clients of many examples set the pace; those of few recompute as much as their memory asks for."""
-    sketch = tiny.build("bert", device="fake")
-    spec = sketch.spec
-    profile = memory.trace(lambda plan, micro: sketch.program(plan, TRAINING, micro), spec, batch=4)
-    everything = planning.train_all(spec, 0, 8)
-    recomputed = replace(everything, checkpointed=frozenset(range(spec.num_blocks)))
-    budget = memory.peak_bytes(profile, recomputed)
+    spec, profile, _, budget = _recomputing()
     slow = ClientProfile(0, 40, budget, 10, None, 1e6)
     quick, rich = replace(slow, client_id=1, num_steps=3), replace(slow, client_id=2, num_steps=3, memory_bytes=10**12)
     cohort = [slow, quick, rich]

@@ -391,25 +391,38 @@ def _as_array(limits: Sequence[float | None]) -> np.ndarray:
     return np.array([2.0**62 if limit is None else limit for limit in limits])
 
 
-def scoring(profile: MemoryProfile, spec: ModelSpec, plan: Plan, client: ClientProfile, num_scored: int) -> Plan:
-    """The plan, which also scores the deepest blocks that it can within the client's budget and deadline.
+def scoring(
+    profile: MemoryProfile,
+    spec: ModelSpec,
+    entries: Sequence[Plan | LeftOut],
+    cohort: Sequence[ClientProfile],
+    num_scored: int,
+) -> list[Plan | LeftOut]:
+    """The cohort's plans, which also score the deepest blocks that they can within each client's budget and deadline.
 
     Scoring runs as training does: in the plan's micro-batches, and recomputing what it recomputes. Its time comes on
-    top of the training's. Where not even the last block can be scored, the plan is what it was.
+    top of the training's. Where not even the last block can be scored, a plan is what it was.
 
     Args:
         profile: Costs.
         spec: The model.
-        plan: Of the client; it holds every pair.
-        client: Whose.
-        num_scored: Examples that are scored on, where the client has as many.
+        entries: Of the cohort, in its order; the plans hold every pair.
+        cohort: The round's clients.
+        num_scored: Examples that are scored on, where a client has as many.
     """
-    for first in range(spec.num_blocks):
-        names = frozenset(lora.names(lora.blocks_modules(spec, range(first, spec.num_blocks))))
-        scored = priced(profile, replace(plan, scored=names), client, num_scored)
-        if fits(scored, client):
-            return scored
-    return plan
+
+    def scored(plan: Plan, client: ClientProfile) -> Plan:
+        for first in range(spec.num_blocks):
+            names = frozenset(lora.names(lora.blocks_modules(spec, range(first, spec.num_blocks))))
+            more = priced(profile, replace(plan, scored=names), client, num_scored)
+            if fits(more, client):
+                return more
+        return plan
+
+    return [
+        scored(entry, client) if isinstance(entry, Plan) else entry
+        for entry, client in zip(entries, cohort, strict=True)
+    ]
 
 
 MOST_SEQUENCES = 256

@@ -246,3 +246,11 @@ def test_values_decide_which_block_is_trained(profile: MemoryProfile) -> None:
 def test_less_time_than_plain_training_takes_is_refused(profile: MemoryProfile) -> None:
     with pytest.raises(PlanError, match=r"max_time must be at least 1, got 0\.9"):
         pilot(profile, max_time=0.9)
+
+
+def test_times_that_are_compared_without_a_known_speed_are_not_given_out(profile: MemoryProfile) -> None:
+    for speed, known in ((None, False), (1e3, True)):
+        client = ClientProfile(0, 5, PLENTY, num_steps=2, flops_per_second=speed)
+        (plan,) = pilot(profile, max_time=1.0).plan(state_of(1.0), [client], np.random.default_rng(0))
+        assert isinstance(plan, Plan)
+        assert (plan.seconds is not None) == known

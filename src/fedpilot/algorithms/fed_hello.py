@@ -81,14 +81,9 @@ class FedHello:
         solver: planning.Sampler = "ranked" if self.allocation == "geometric" else "weighted"
         allocate = planning.BlockAllocation(self.spec, self.profile, self.rank, (self.rank,), solver=solver)
         plans = allocate(cohort, [self.selection_weights(state)] * len(cohort), rng)
-        if not self._measures(state):
-            return plans
-        return [
-            planning.scoring(self.profile, self.spec, plan, client, self.fim_examples)
-            if isinstance(plan, Plan)
-            else plan
-            for plan, client in zip(plans, cohort, strict=True)
-        ]
+        if self._measures(state):
+            return planning.scoring(self.profile, self.spec, plans, cohort, self.fim_examples)
+        return plans
 
     def distribute(self, state: FedHelloState, plan: Plan) -> Task:
         """The whole adapter: blocks that are not trained stay in the forward pass."""

@@ -134,12 +134,11 @@ class FedPilot:
         )
         values = [self.combined_scores(state, client.client_id) for client in cohort]
         plans = allocate(self._in_time(cohort, replace(allocate, checkpointing=False), values, rng), values, rng)
-        return [
-            self._measuring(state, planning.priced(self.profile, plan, client), client)
-            if isinstance(plan, Plan)
-            else plan
-            for plan, client in zip(plans, cohort, strict=True)
-        ]
+        if any(client.flops_per_second is None for client in cohort):  # their times were compared, not known
+            plans = [replace(plan, seconds=None) if isinstance(plan, Plan) else plan for plan in plans]
+        if self._measures(state):
+            return planning.scoring(self.profile, self.spec, plans, cohort, self.ig_examples)
+        return plans
 
     def _in_time(
         self,
@@ -218,12 +217,6 @@ class FedPilot:
         local = _normalised(state.local_scores.get(client_id, {}))
         share = sum(overall[j] for j in local)
         return {j: self.lam * share * local[j] + (1 - self.lam) * g if j in local else g for j, g in overall.items()}
-
-    def _measuring(self, state: FedPilotState, plan: Plan, client: ClientProfile) -> Plan:
-        """The plan, which scores the blocks that it can in a round that measures."""
-        if not self._measures(state):
-            return plan
-        return planning.scoring(self.profile, self.spec, plan, client, self.ig_examples)
 
     def _measures(self, state: FedPilotState) -> bool:
         """Whether scores are measured in the coming round: every E rounds, and never for a solver that ignores them."""
