@@ -136,9 +136,10 @@ def test_decay_comes_after_the_step_and_leaves_no_factors() -> None:
     assert rank_of(decayed - start) == 5
 
 
-def test_tensors_that_are_not_projected_go_as_under_torchs_adamw_bit_for_bit() -> None:
+@pytest.mark.parametrize("rates", [{"learning_rate": 0.1}, {"learning_rate": 0.5, "plain_learning_rate": 0.1}], ids=str)
+def test_tensors_that_are_not_projected_go_as_under_torchs_adamw_bit_for_bit(rates: dict[str, float]) -> None:
     ours, theirs = (nn.Parameter(random_matrix(3, 4).float()) for _ in range(2))
-    one = GaLoreAdamW([], [ours], Projection(2, 200, 0.25), learning_rate=0.1, weight_decay=0.2)
+    one = GaLoreAdamW([], [ours], Projection(2, 200, 0.25), weight_decay=0.2, **rates)
     other = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2, foreach=False, fused=False)
     for step in range(3):
         for parameter, optimiser in ((ours, one), (theirs, other)):

@@ -86,6 +86,12 @@ def test_every_rule_that_follows_the_gradient_is_as_close(changes: Mapping[str, 
         check_same(one, alone(fit))
 
 
+def test_the_heads_own_rate_is_kept_in_a_pass() -> None:
+    asked = fits("vit", head_lr_factor=5.0)
+    for fit, one in zip(asked, together(asked), strict=True):
+        check_same(one, alone(fit))
+
+
 @pytest.mark.parametrize("family", ["vit", "llama"])
 def test_adamw_differs_no_more_than_by_other_ways_to_add_up_the_same_batch(family: str) -> None:
     # AdamW divides by the gradient's own size, so an entry whose gradient is all rounding moves by a rounding's sign.

@@ -32,7 +32,7 @@ def mean_loss(model: nn.Linear):
 
 def step(model: nn.Linear, settings: TrainingSettings, pieces=None, penalty=None, optimiser=None) -> torch.Tensor:
     parameters = dict(model.named_parameters())
-    optimiser = optimiser or training.make_optimiser(parameters.values(), settings, settings.learning_rate)
+    optimiser = optimiser or training.make_optimiser(parameters, settings, settings.learning_rate)
     pieces = pieces or [classification_batch()]
     return training.train_step(mean_loss(model), pieces, optimiser, parameters, settings, penalty)
 
@@ -73,6 +73,7 @@ def test_all_broken_settings_are_named_at_once() -> None:
         {"weight_decay": -0.1},
         {"min_lr_ratio": 1.5},
         {"learning_rate": math.nan},
+        {"head_lr_factor": 0.0},
     ],
 )
 def test_a_broken_setting_is_refused(change: dict[str, object]) -> None:
@@ -96,7 +97,7 @@ def test_sgd_subtracts_the_gradient_times_the_rate() -> None:
 def test_momentum_remembers_the_last_gradient() -> None:
     settings = plain(optimiser="momentum", momentum=0.5)
     parameter = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    optimiser = training.make_optimiser([parameter], settings, 0.1)
+    optimiser = training.make_optimiser({"w": parameter}, settings, 0.1)
     for _ in range(2):
         parameter.grad = torch.tensor([1.0, 2.0, -4.0])
         optimiser.step()
@@ -110,8 +111,20 @@ def test_adamw_moves_every_entry_by_the_rate_in_its_first_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "momentum"])
+def test_the_head_has_its_own_multiple_of_the_rate(name: str) -> None:
+    alike, apart = net(), net()
+    for model, factor in ((alike, 1.0), (apart, 3.0)):
+        settings = plain(optimiser=name, head_lr_factor=factor)
+        train = training.make_step(mean_loss(model), dict(model.named_parameters()), settings, 0.1, head=["bias"])
+        train([classification_batch()])
+    start = net()
+    assert torch.equal(apart.weight, alike.weight)
+    torch.testing.assert_close(apart.bias - start.bias, 3 * (alike.bias - start.bias))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum"])
 def test_no_optimiser_updates_many_tensors_at_once(name: str) -> None:
-    optimiser = training.make_optimiser(net().parameters(), plain(optimiser=name), 0.1)
+    optimiser = training.make_optimiser(dict(net().named_parameters()), plain(optimiser=name), 0.1)
     assert all(group["foreach"] is False and not group["fused"] for group in optimiser.param_groups)
 
 
@@ -172,7 +185,7 @@ def test_gradients_are_clipped_to_one_norm_over_all_tensors() -> None:
 def test_a_step_does_not_remember_the_gradient_of_the_last_one() -> None:
     model = net()
     settings = plain(learning_rate=1e-12)
-    optimiser = training.make_optimiser(model.parameters(), settings, 1e-12)
+    optimiser = training.make_optimiser(dict(model.named_parameters()), settings, 1e-12)
     step(model, settings, optimiser=optimiser)
     first = model.weight.grad.clone()
     step(model, settings, optimiser=optimiser)

@@ -260,7 +260,7 @@ class ClientModel:
             adapted.train(trainable, frozen_dropout=settings.frozen_dropout)
             metrics = condensation.fit_items(
                 ModelLens(adapted, how),  # the step itself chooses the arithmetic
-                lambda loss: training.make_step(loss, live, settings, self._learning_rate),
+                lambda loss: training.make_step(loss, live, settings, self._learning_rate, head=adapted.spec.head),
                 settings.batch_size,
                 items,
                 labels,

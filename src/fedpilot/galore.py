@@ -35,7 +35,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         projected: Matrices, float32.
         plain: Tensors that are not projected.
         projection: Rank, gap and scale.
-        learning_rate: Of both.
+        learning_rate: Of the projected ones.
+        plain_learning_rate: Of the others; ``None`` for the same.
         weight_decay: Decoupled; 0 keeps the change of a matrix low-rank.
         betas: β1 and β2.
         eps: ε of the projected step; the plain one has torch's.
@@ -51,6 +52,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         projection: Projection,
         *,
         learning_rate: float,
+        plain_learning_rate: float | None = None,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -60,6 +62,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": learning_rate})
         self._projected = {id(parameter) for parameter in projected}
         self._projection, self._learning_rate, self._decay = projection, learning_rate, weight_decay
+        self._plain_learning_rate = learning_rate if plain_learning_rate is None else plain_learning_rate
         self._betas, self._eps = betas, eps
         self._steps = 0
 
@@ -141,7 +144,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self._learning_rate,
+            lr=self._plain_learning_rate,
             weight_decay=self._decay,
             eps=_PLAIN_EPS,
             maximize=False,

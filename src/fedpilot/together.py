@@ -229,7 +229,9 @@ class _Pass:
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         """Over the whole stack: its rules go entry by entry, and all clients have taken as many steps."""
-        return training.make_optimiser(self._stack.trained().values(), self._settings, self._learning_rate)
+        return training.make_optimiser(
+            self._stack.trained(), self._settings, self._learning_rate, self._adapted.spec.head
+        )
 
 
 def _share(pieces: Sequence[Batch], turn: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
-from typing import Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ class TrainingSettings:
 
     Attributes:
         learning_rate: Of the first round.
+        head_lr_factor: The head's learning rate as a multiple of ``learning_rate``: the head starts from nothing, the
+            adapter from a trained model.
         optimiser: ``momentum`` is SGD with ``momentum``.
         batch_size: Examples of one optimiser step.
         local_epochs: Passes over the client's data in a round.
@@ -74,6 +76,7 @@ class TrainingSettings:
     """
 
     learning_rate: float
+    head_lr_factor: float = 1.0
     optimiser: Literal["adamw", "sgd", "momentum"] = "adamw"
     batch_size: int = 16
     local_epochs: int = 1
@@ -100,7 +103,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} must be at least 1, got {value}"
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "head_lr_factor", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 yield f"{name} must be positive and finite, got {value}"
@@ -127,20 +130,33 @@ class TrainingSettings:
 
 
 def make_optimiser(
-    parameters: Iterable[nn.Parameter], settings: TrainingSettings, learning_rate: float
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    learning_rate: float,
+    head: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """A fresh optimiser that updates one tensor at a time.
 
     Updating all tensors at once (``foreach``) is chosen by device and needs scratch for all of them: it would make the
     traced and the measured peak differ.
+
+    Args:
+        parameters: By name.
+        settings: Which optimiser.
+        learning_rate: Of all but the head.
+        head: Names of the head's tensors; its rate is ``head_lr_factor`` times the others'.
     """
+    rates = {False: learning_rate, True: learning_rate * settings.head_lr_factor}
+    groups: list[dict[str, Any]] = [
+        {"params": members, "lr": rates[of_head]}
+        for of_head in rates
+        if (members := [parameter for name, parameter in parameters.items() if (name in head) == of_head])
+    ]
     decay = settings.weight_decay
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=decay, foreach=False, fused=False)
+        return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=decay, foreach=False, fused=False)
     momentum = settings.momentum if settings.optimiser == "momentum" else 0.0
-    return torch.optim.SGD(
-        parameters, lr=learning_rate, momentum=momentum, weight_decay=decay, foreach=False, fused=False
-    )
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, weight_decay=decay, foreach=False, fused=False)
 
 
 def make_projected_optimiser(
@@ -163,7 +179,14 @@ def make_projected_optimiser(
     projected = [parameter for name, parameter in parameters.items() if name not in head]
     plain = [parameter for name, parameter in parameters.items() if name in head]
     decay = settings.weight_decay
-    return GaLoreAdamW(projected, plain, projection, learning_rate=learning_rate, weight_decay=decay)
+    return GaLoreAdamW(
+        projected,
+        plain,
+        projection,
+        learning_rate=learning_rate,
+        plain_learning_rate=learning_rate * settings.head_lr_factor,
+        weight_decay=decay,
+    )
 
 
 def num_targets(batch: Batch) -> torch.Tensor:
@@ -375,7 +398,7 @@ def make_step(
         learning_rate: Of this round.
         penalty: Added to the loss once a step.
         kind: Of the step, where it is not plain LoRA's.
-        head: Names of the dense tensors, which no kind projects.
+        head: Names of the head's tensors, which no kind projects and which have a learning rate of their own.
         noisy: Over ``parameters``, for a private kind.
 
     Raises:
@@ -388,7 +411,7 @@ def make_step(
     if kind is not None and kind.projection is not None:
         optimiser = make_projected_optimiser(parameters, head, settings, learning_rate, kind.projection)
     else:
-        optimiser = make_optimiser(parameters.values(), settings, learning_rate)
+        optimiser = make_optimiser(parameters, settings, learning_rate, head)
     return Step(forward_loss, parameters, settings, optimiser, penalty, noisy)
 
 
