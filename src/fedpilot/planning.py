@@ -176,7 +176,9 @@ def required(
     return entries
 
 
-def straggler_blocks(profile: MemoryProfile, spec: ModelSpec, rank: int, budget_bytes: int | None) -> Sequence[int]:
+def straggler_blocks(
+    profile: MemoryProfile, spec: ModelSpec, rank: int, budget_bytes: int | None, factors: Factors = "AB"
+) -> Sequence[int]:
     """The deepest blocks that fit the budget; the last one alone where none does, so that who lacks it is left out.
 
     Raises:
@@ -184,9 +186,10 @@ def straggler_blocks(profile: MemoryProfile, spec: ModelSpec, rank: int, budget_
     """
     if budget_bytes is None:
         raise PlanError("budget_bytes must be the population's smallest budget for participation 'straggler'")
-    table = memory.cost_table(profile, ranks=(rank,), checkpointing=False, adapter_rank=rank)
-    chosen = allocation.suffix(table, budget_bytes)
-    return chosen.trained_blocks if chosen is not None else range(spec.num_blocks - 1, spec.num_blocks)
+    suffixes = [range(first, spec.num_blocks) for first in range(spec.num_blocks)]
+    plans = (train_blocks(spec, -1, rank, blocks, factors) for blocks in suffixes)
+    peaks = [memory.peak_bytes(profile, plan) for plan in plans]
+    return next((blocks for blocks, peak in zip(suffixes, peaks, strict=True) if peak <= budget_bytes), suffixes[-1])
 
 
 def largest_suffixes(

@@ -124,6 +124,9 @@ TABLE = {
     "fedex-lora-keep": Row(lambda s, p: FedExLoRA(s, p, rank=RANK, assign="keep", participation="exclusive")),
     "fedex-lora-reinit": Row(lambda s, p: FedExLoRA(s, p, rank=RANK, assign="reinit", participation="exclusive")),
     "ffa-lora": Row(lambda s, p: FFALoRA(s, p, rank=RANK, participation="exclusive")),
+    "ffa-lora-straggler": Row(
+        lambda s, p: FFALoRA(s, p, rank=RANK, participation="straggler", budget_bytes=budgets(p)[0])
+    ),
     "ffa-lora-ranks": Row(lambda s, p: FFALoRA(s, p, rank=RANK, participation="ranks")),
     "ffa-lora-private": Row(
         lambda s, p: FFALoRA(s, p, rank=RANK, participation="exclusive", noise_multiplier=1.2, clip=0.5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import toy
 
-from fedpilot import exchange, lora, memory, privacy, rounds, tensors
+from fedpilot import exchange, lora, memory, planning, privacy, rounds, tensors
 from fedpilot.algorithms.ffa_lora import FFALoRA, FFALoRAState
 from fedpilot.config.recipe import read_recipe
 from fedpilot.errors import ConfigError, PlanError
@@ -167,6 +167,20 @@ def test_all_refuses_to_run_where_somebody_does_not_fit(profile: MemoryProfile) 
 def test_all_leaves_out_who_ran_out_of_memory_before(profile: MemoryProfile) -> None:
     _, out = plans(FFALoRA(SPEC, profile, rank=RANK), [rich(0), ClientProfile(1, 5, 100, margin=1.25)])
     assert isinstance(out, LeftOut)
+
+
+@pytest.mark.parametrize("lowest", [0, 1, 2])
+def test_straggler_trains_b_of_what_the_weakest_can(profile: MemoryProfile, lowest: int) -> None:
+    blocks = range(lowest, SPEC.num_blocks)
+    budget = memory.peak_bytes(profile, planning.train_blocks(SPEC, 0, RANK, blocks, "B"))
+    algorithm = FFALoRA(SPEC, profile, rank=RANK, participation="straggler", budget_bytes=budget)
+    few, many = plans(algorithm, [ClientProfile(0, 5, budget), rich(1)])
+    assert isinstance(few, Plan)
+    assert isinstance(many, Plan)
+    assert few.trainable == many.trainable
+    assert few.trainable == {lora.b_name(f"blocks.{j}.linear") for j in blocks} | set(SPEC.head)
+    with pytest.raises(PlanError, match="budget_bytes"):
+        plans(replace(algorithm, budget_bytes=None), [rich(0)])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -57,7 +57,8 @@ class FFALoRA:
     Attributes:
         rank: Rank r of A0.
         participation: ``all`` asks everybody to train B at r and refuses to run where that does not fit; ``exclusive``
-            leaves out whom it does not fit; ``ranks`` gives everybody the largest of ``ranks`` that fits.
+            leaves out whom it does not fit; ``straggler`` trains B of the deepest blocks that fit ``budget_bytes``;
+            ``ranks`` gives everybody the largest of ``ranks`` that fits.
         ranks: Ranks to choose from; empty means 1 to r.
         weights: ``examples`` weighs clients by n_k as the paper does; ``uniform`` does not.
         noise_multiplier: σ of DP-SGD; noise of deviation σ C. ``None``, without ``epsilon``, for a run that is not
@@ -68,12 +69,13 @@ class FFALoRA:
         num_rounds: Rounds of the run, for ``epsilon``.
         batch_size: Examples of a step, for ``epsilon``; ``None`` for those of the memory profile, which a client that
             runs elsewhere has not.
+        budget_bytes: Smallest budget of the population, for ``straggler``.
     """
 
     spec: ModelSpec
     profile: MemoryProfile
     rank: int = 8
-    participation: Literal["all", "exclusive", "ranks"] = "all"
+    participation: planning.Participation | Literal["ranks"] = "all"
     ranks: tuple[int, ...] = ()
     weights: Literal["examples", "uniform"] = "examples"
     noise_multiplier: float | None = None
@@ -82,6 +84,7 @@ class FFALoRA:
     clip: float = 2.0
     num_rounds: int | None = None
     batch_size: int | None = None
+    budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         problems = list(self.budget.problems())
@@ -119,10 +122,14 @@ class FFALoRA:
         """B of every module, at r or at the largest rank that fits; nothing for a client whose epsilon is spent.
 
         Raises:
-            PlanError: ``participation = "all"`` and a client cannot train B; or delta says nothing of a client.
+            PlanError: ``participation = "all"`` and a client cannot train B; ``"straggler"`` without a budget; or delta
+                says nothing of a client.
         """
+        blocks: Sequence[int] = range(self.spec.num_blocks)
+        if self.participation == "straggler":
+            blocks = planning.straggler_blocks(self.profile, self.spec, self.rank, self.budget_bytes, "B")
         return [
-            self.budget.refusal(client, state.spent.get(client.client_id), self._batch) or self._plan(client)
+            self.budget.refusal(client, state.spent.get(client.client_id), self._batch) or self._plan(client, blocks)
             for client in cohort
         ]
 
@@ -169,12 +176,12 @@ class FFALoRA:
     def _batch(self) -> int:
         return self.profile.batch if self.batch_size is None else self.batch_size
 
-    def _plan(self, client: ClientProfile) -> Plan | LeftOut:
+    def _plan(self, client: ClientProfile, blocks: Sequence[int]) -> Plan | LeftOut:
         if self.participation == "ranks":
             ranks = self.ranks or range(1, self.rank + 1)
             return planning.largest_rank(self.profile, self.spec, client, ranks, factors="B")
-        whole = planning.train_all(self.spec, client.client_id, self.rank, factors="B")
-        entries = [planning.fit_or_leave_out(self.profile, whole, client)]
+        wanted = planning.train_blocks(self.spec, client.client_id, self.rank, blocks, "B")
+        entries = [planning.fit_or_leave_out(self.profile, wanted, client)]
         if self.participation == "all":
-            planning.required(entries, [client], f"B at rank {self.rank}", "'exclusive' or 'ranks'")
+            planning.required(entries, [client], f"B at rank {self.rank}", "'exclusive', 'straggler' or 'ranks'")
         return entries[0]
