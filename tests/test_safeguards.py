@@ -90,6 +90,7 @@ ACCEPTED: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
         (UNIFORM, ()),
         ({"aggregation": "layerwise", **UNIFORM}, ()),
         ({"aggregation": "layerwise", "solver": "random"}, OPEN),
+        ({"aggregation": "layerwise", "solver": "suffix", "temporal_mean": 4.0}, OPEN),
         *(({"aggregation": "layerwise", "solver": s, **UNIFORM}, ALL) for s in ("suffix", "random", "all")),
     ],
     "fedaf": [({}, ())],

@@ -16,19 +16,28 @@ to about a fifth. An error of zero stays zero.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Generic, Protocol, runtime_checkable
 
 import torch
 
 from fedpilot import base_deltas, lora
-from fedpilot.types import Algorithm, BaseDelta, Deployment, Plan, State, Tensors, Upload
+from fedpilot.types import Algorithm, BaseDelta, Deployment, GoesOnFrom, Plan, State, Tensors, Upload
 
 DENSE_BYTES = 256 * 2**20
 """Bytes of all adapted modules' weights in float32 up to which the error is computed and not estimated."""
 
 WIDTH = 128
 """Columns of the sketch."""
+
+
+def global_model(algorithm: Algorithm[State], state: State) -> Deployment:
+    """What the next round's clients go on from, whole: as a rule what is deployed."""
+    deployed = algorithm.deploy(state)
+    if isinstance(algorithm, GoesOnFrom):
+        return replace(deployed, tensors=algorithm.goes_on_from(state))
+    return deployed
 
 
 @runtime_checkable
@@ -75,7 +84,7 @@ class AggregationError(Generic[State]):
 
     def result(self, state: State) -> float:
         """The error of the state after the aggregation; 0 where neither clients nor server changed a module."""
-        before, after = self._algorithm.deploy(self._state), self._algorithm.deploy(state)
+        before, after = global_model(self._algorithm, self._state), global_model(self._algorithm, state)
         based = _steps_between(before.base_delta, after.base_delta)
         far = ideal = 0.0
         for module in self._spec.modules:

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from fedpilot import margins, secure_round, tensors
-from fedpilot.aggregation_error import AggregationError
+from fedpilot.aggregation_error import AggregationError, global_model
 from fedpilot.errors import ConfigError, PlanError
 from fedpilot.exchange import Ahead, Clock, RoundResults, UploadRecord, second_tasks, whole_weights
 from fedpilot.margins import Margins
@@ -406,7 +406,7 @@ class _Round(Generic[State]):
     def trained(self) -> Tensors:
         """Global values of what the method trains: of method, settings and state, whoever was sampled."""
         kind = self.algorithm.step_kind if isinstance(self.algorithm, HasStepKind) else StepKind()
-        present = client_dp.trained_by(self.algorithm.deploy(self.state).tensors, kind.patterns)
+        present = client_dp.trained_by(global_model(self.algorithm, self.state).tensors, kind.patterns)
         how = self.algorithm.averaging if isinstance(self.algorithm, Averages) else None
         if how is None or not how.same_names:
             return present

@@ -672,6 +672,14 @@ class DeploysMore(Protocol[State_contra]):
 
 
 @runtime_checkable
+class GoesOnFrom(Protocol[State_contra]):
+    """An algorithm that deploys other tensors than its next round goes on from (Fed-piLot's mean over rounds)."""
+
+    def goes_on_from(self, state: State_contra) -> Tensors:
+        """The global values of all that clients may train."""
+
+
+@runtime_checkable
 class Personalises(Protocol):
     """An algorithm whose outcome is a model of its own for each client (RecLoRA)."""
 

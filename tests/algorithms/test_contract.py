@@ -150,6 +150,11 @@ TABLE = {
     "fed-pilot-comagg": pilot(aggregation="comagg"),
     "fed-pilot-layerwise": pilot(aggregation="layerwise"),
     "fed-pilot-ranks": Row(lambda s, p: FedPilot(s, p, rank=RANK, ranks=(1, RANK), refresh_every=2)),
+    "fed-pilot-temporal-mean": Row(lambda s, p: FedPilot(s, p, rank=RANK, refresh_every=2, temporal_mean=4.0)),
+    "fed-pilot-straggler": Row(
+        lambda s, p: FedPilot(s, p, rank=RANK, solver="straggler", aggregation="layerwise", budget_bytes=budgets(p)[0]),
+        lambda s, p: FedPilot(s, p, rank=RANK, solver="straggler", aggregation="layerwise", budget_bytes=10**9),
+    ),
     "fed-pilot-random": pilot(solver="random"),
     "fed-pilot-suffix": pilot(solver="suffix"),
     "fed-pilot-additive": pilot(solver="additive"),

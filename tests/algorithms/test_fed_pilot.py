@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tests import toy
+from tests.hostile import CLIENTS, Engine
 
-from fedpilot import lora, memory, tensors
+from fedpilot import lora, memory, planning, tensors
 from fedpilot.algorithms.fed_pilot import FedPilot, FedPilotState
 from fedpilot.errors import PlanError
 from fedpilot.memory import MemoryProfile
-from fedpilot.types import ClientProfile, Plan, Tensors, Upload
+from fedpilot.rounds import run_rounds
+from fedpilot.types import ClientProfile, LeftOut, Plan, Tensors, Upload
 
 SPEC = toy.spec()
 PLENTY = 10**9
@@ -254,3 +256,67 @@ def test_times_that_are_compared_without_a_known_speed_are_not_given_out(profile
         (plan,) = pilot(profile, max_time=1.0).plan(state_of(1.0), [client], np.random.default_rng(0))
         assert isinstance(plan, Plan)
         assert (plan.seconds is not None) == known
+
+
+def test_straggler_gives_everybody_what_the_smallest_budget_allows(profile: MemoryProfile) -> None:
+    smallest = memory.peak_bytes(profile, planning.train_blocks(SPEC, 0, 2, [1, 2]))
+    clients = [ClientProfile(0, 5, smallest), ClientProfile(1, 5, PLENTY), ClientProfile(2, 5, 1)]
+    algorithm = pilot(profile, solver="straggler", budget_bytes=smallest)
+    few, many, out = algorithm.plan(state_of(1.0), clients, np.random.default_rng(0))
+    assert isinstance(few, Plan)
+    assert isinstance(many, Plan)
+    assert few.trainable == many.trainable == planning.trainable(SPEC, lora.blocks_modules(SPEC, [1, 2]))
+    assert isinstance(out, LeftOut)
+    with pytest.raises(PlanError, match="budget_bytes"):
+        replace(algorithm, budget_bytes=None).plan(state_of(1.0), clients, np.random.default_rng(0))
+
+
+# --- the mean over rounds ---------------------------------------------------------------------------------------------
+
+
+def adapters(algorithm: FedPilot, num_rounds: int) -> tuple[list[Tensors], FedPilotState, list[float]]:
+    """θ after each round, the last state, and each round's aggregation error."""
+    states: list[FedPilotState] = []
+    errors: list[float] = []
+    for state, record in run_rounds(
+        *(algorithm, Engine(algorithm), CLIENTS, lambda _: {}),
+        num_rounds=num_rounds,
+        seed=3,
+        cohort_size=2,
+        measure_aggregation=True,
+    ):
+        if record is not None:
+            states.append(state)
+            errors.append(record.facts["aggregation_error"])
+    return [state.adapter for state in states], states[-1], errors
+
+
+@pytest.mark.parametrize("eta", [0.0, 3.0])
+def test_the_deployed_mean_weighs_rounds_as_a_polynomial_and_rounds_go_on_without_it(
+    eta: float, profile: MemoryProfile
+) -> None:
+    plain, _, errors = adapters(pilot(profile), 5)
+    found, state, same_errors = adapters(pilot(profile, temporal_mean=eta), 5)
+    assert [tensors.digest(adapter) for adapter in found] == [tensors.digest(adapter) for adapter in plain]
+    assert same_errors == errors
+    # Γ(t + η) / Γ(t): 1 in every round at η = 0, t (t + 1) (t + 2) at η = 3
+    weights = [math.gamma(t + eta) / math.gamma(t) for t in range(1, 6)]
+    deployed = pilot(profile, temporal_mean=eta).deploy(state).tensors
+    for name, tensor in deployed.items():
+        expected = sum(w * adapter[name].double() for w, adapter in zip(weights, plain, strict=True)) / sum(weights)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
+    assert tensors.norm(tensors.subtract(deployed, plain[-1])) > 1e-3 * tensors.norm(plain[-1])
+    (newest,) = pilot(profile, temporal_mean=eta).deploy_more(state).values()
+    assert newest.tensors is state.adapter
+
+
+def test_without_a_mean_the_newest_round_is_deployed_and_nothing_beside_it(profile: MemoryProfile) -> None:
+    algorithm, state = pilot(profile), state_of(1.0)
+    assert algorithm.deploy(state).tensors is state.adapter
+    assert not algorithm.deploy_more(state)
+
+
+@pytest.mark.parametrize("eta", [-0.5, math.nan, math.inf])
+def test_a_mean_that_weighs_the_past_more_is_refused(eta: float, profile: MemoryProfile) -> None:
+    with pytest.raises(PlanError, match="temporal_mean must be 0 or more"):
+        pilot(profile, temporal_mean=eta)

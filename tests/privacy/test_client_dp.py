@@ -222,6 +222,18 @@ def test_other_means_run_privately_too(make, profile: MemoryProfile) -> None:  #
     assert 0 < tensors.norm(tensors.subtract(adapter, start)) <= 0.5 * (1 + 1e-5)
 
 
+def test_a_private_round_goes_on_from_the_newest_adapter_and_not_from_the_mean_over_rounds(
+    profile: MemoryProfile,
+) -> None:
+    options = {"weights": "uniform", "aggregation": "layerwise", "solver": "suffix"}
+    algorithm = FedPilot(SPEC, profile, rank=2, temporal_mean=0.0, **options)  # type: ignore[arg-type]
+    plain = [adapter for adapter, _ in run(replace(algorithm, temporal_mean=None), ClientDP("client", 0.5, 0.3))]
+    deployed = [adapter for adapter, _ in run(algorithm, ClientDP("client", 0.5, 0.3))]
+    assert len(plain) > 1
+    for name, tensor in deployed[-1].items():
+        torch.testing.assert_close(tensor, sum(adapter[name] for adapter in plain) / len(plain))
+
+
 @pytest.mark.parametrize("cohort", [None, 1])
 def test_noise_spares_the_drawn_factor_of_ffa_lora(cohort: int | None, profile: MemoryProfile) -> None:
     """Also in rounds of nobody, which name no tensors."""

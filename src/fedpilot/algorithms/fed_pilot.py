@@ -11,9 +11,11 @@ mix of scores, the comparison of clients that can afford unlike depths, and the 
 
 Differs from the paper: costs are the true, non-additive ones and the optimum is exact (``solver = "additive"`` is the
 paper's knapsack); the server solves it, with the scores that clients sent in an earlier round; a client that was in no
-round that measured is planned by the global score alone.
+round that measured is planned by the global score alone; what is deployed may be a mean over rounds
+(``temporal_mean``).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -36,6 +38,7 @@ class FedPilotState:
     Attributes:
         round: Rounds done.
         adapter: θ, head included.
+        mean: θ̄, its mean over rounds; empty where none is asked for.
         velocity: V, the smoothed update of STAgg; empty before the first.
         coverage: c, running share of examples whose clients trained a block, for ComAgg.
         local_scores: Client -> block -> Γ', over the blocks that the client can afford to score.
@@ -44,6 +47,7 @@ class FedPilotState:
 
     round: int
     adapter: Tensors
+    mean: Tensors = field(default_factory=dict)
     velocity: Tensors = field(default_factory=dict)
     coverage: Scores = field(default_factory=dict)
     local_scores: Mapping[int, Scores] = field(default_factory=dict)
@@ -59,7 +63,8 @@ class FedPilot:
         ranks: Ranks that a trained block may take; empty means ``rank`` alone. A block of value v is worth
             ``v * (r / rank) ** rank_exponent`` at rank r (ours).
         solver: How blocks are chosen: ``exact``; ``additive``, the paper's knapsack over stand-alone costs; or a
-            baseline that ignores the values: ``suffix``, ``random``, ``all``, ``all-checkpointed``.
+            baseline that ignores the values: ``suffix``, ``straggler`` (the suffix that the smallest budget allows),
+            ``random``, ``all``, ``all-checkpointed``.
         checkpointing: Whether the exact solver may also recompute blocks.
         max_time: Longest training that the solver may choose, measuring not included (ours). A number, at least 1, is a
             multiple of what training every block plainly takes on the same client: at 1 a client with little memory
@@ -76,7 +81,10 @@ class FedPilot:
         gamma: γ of ComAgg.
         s_max: Largest factor of ComAgg.
         coverage_ema: Weight of the past in ComAgg's coverage.
+        temporal_mean: η of the mean over rounds that is deployed (ours); clients go on from the newest adapter all the
+            same. ``None`` deploys the newest.
         weights: ``examples`` weighs clients by n_k; ``uniform`` does not.
+        budget_bytes: Smallest budget of the population, for ``straggler``.
     """
 
     spec: ModelSpec
@@ -84,7 +92,7 @@ class FedPilot:
     rank: int = 8
     ranks: tuple[int, ...] = ()
     rank_exponent: float = 0.5
-    solver: planning.Solver = "exact"
+    solver: planning.Solver | Literal["straggler"] = "exact"
     checkpointing: bool = False
     max_time: float | Literal["round"] | None = None
     lam: float = 0.5
@@ -97,11 +105,17 @@ class FedPilot:
     gamma: float = 0.5
     s_max: float = 2.0
     coverage_ema: float = 0.9
+    temporal_mean: float | None = None
     weights: Literal["examples", "uniform"] = "examples"
+    budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.max_time, float) and not self.max_time >= 1:
             raise PlanError(f"max_time must be at least 1, got {self.max_time}; leave it out for no bound")
+        if self.temporal_mean is not None and not 0 <= self.temporal_mean < math.inf:
+            raise PlanError(
+                f"temporal_mean must be 0 or more, got {self.temporal_mean}; 'none' deploys the newest round"
+            )
 
     @property
     def averaging(self) -> Averaging | None:
@@ -129,9 +143,11 @@ class FedPilot:
             self.rank,
             self.ranks or (self.rank,),
             self.rank_exponent,
-            self.solver,
+            "suffix" if self.solver == "straggler" else self.solver,
             self.checkpointing,
         )
+        if self.solver == "straggler":
+            cohort = [replace(client, memory_bytes=self._smallest(client)) for client in cohort]
         values = [self.combined_scores(state, client.client_id) for client in cohort]
         plans = allocate(self._in_time(cohort, replace(allocate, checkpointing=False), values, rng), values, rng)
         if any(client.flops_per_second is None for client in cohort):  # their times were compared, not known
@@ -139,6 +155,12 @@ class FedPilot:
         if self._measures(state):
             return planning.scoring(self.profile, self.spec, plans, cohort, self.ig_examples)
         return plans
+
+    def _smallest(self, client: ClientProfile) -> int:
+        """The smallest budget of all, or the client's own where it turned out to have less."""
+        if self.budget_bytes is None:
+            raise PlanError("budget_bytes must be the population's smallest budget for solver 'straggler'")
+        return min(client.memory_bytes, self.budget_bytes)
 
     def _in_time(
         self,
@@ -175,7 +197,7 @@ class FedPilot:
         return site.upload(task.plan, {**metrics, **scores})
 
     def aggregate(self, state: FedPilotState, uploads: Iterable[Upload]) -> FedPilotState:
-        """Mean over holders, then STAgg, ComAgg or nothing; new scores where they came."""
+        """Mean over holders, then STAgg, ComAgg or nothing; the mean over rounds; new scores where they came."""
         mean, total = lora.SlotMean(state.adapter), 0.0
         measured: dict[int, tuple[int, Scores]] = {}
         for upload in uploads:
@@ -190,11 +212,19 @@ class FedPilot:
         state = {"stagg": self._stagg, "comagg": self._comagg, "layerwise": self._layerwise}[self.aggregation](
             state, held, rho
         )
-        return replace(state, round=state.round + 1)
+        return self._averaged(replace(state, round=state.round + 1))
 
     def deploy(self, state: FedPilotState) -> Deployment:
-        """The global adapter."""
-        return Deployment(state.adapter)
+        """θ̄ where there is a mean over rounds, otherwise θ."""
+        return Deployment(state.mean or state.adapter)
+
+    def deploy_more(self, state: FedPilotState) -> Mapping[str, Deployment]:
+        """The newest round's θ beside θ̄: what the same run gives without the mean over rounds."""
+        return {"newest": Deployment(state.adapter)} if state.mean else {}
+
+    def goes_on_from(self, state: FedPilotState) -> Tensors:
+        """θ."""
+        return state.adapter
 
     def explain(self, state: FedPilotState) -> Mapping[str, float]:
         """Γ̄_j by block, for the record."""
@@ -289,6 +319,19 @@ class FedPilot:
             s = min(max((most / max(c, 1e-8)) ** self.gamma, 1.0), self.s_max)
             adapter[name] = torch.lerp(state.adapter[name], mean, s)
         return replace(state, adapter=adapter, coverage=coverage)
+
+    def _averaged(self, state: FedPilotState) -> FedPilotState:
+        """θ̄_t = (1 - β_t) θ̄_{t-1} + β_t θ_t, β_t = (η + 1) / (t + η).
+
+        Round t weighs about t^η, so that the mean is t / (η + 2) rounds old, however many there are; at η = 0 all weigh
+        the same. Polynomial-decay averaging: Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
+        Optimization", ICML 2013.
+        """
+        if self.temporal_mean is None:
+            return state
+        newest = (self.temporal_mean + 1) / (state.round + self.temporal_mean)
+        mean = {name: torch.lerp(state.mean.get(name, now), now, newest) for name, now in state.adapter.items()}
+        return replace(state, mean=mean)
 
     def _block(self, name: str) -> int:
         """Block of a pair's tensor; -1 for the head, which every client trains."""
