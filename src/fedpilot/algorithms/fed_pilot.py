@@ -92,7 +92,7 @@ class FedPilot:
     rank: int = 8
     ranks: tuple[int, ...] = ()
     rank_exponent: float = 0.5
-    solver: planning.Solver | Literal["straggler"] = "exact"
+    solver: Literal[planning.Solver, "straggler"] = "exact"
     checkpointing: bool = False
     max_time: float | Literal["round"] | None = None
     lam: float = 0.5
