@@ -2,7 +2,7 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -205,6 +205,18 @@ def test_a_wrong_setting_is_named_with_file_key_value_and_rule(
     section: str, keys: dict[str, object], message: str
 ) -> None:
     assert message in "\n".join(problems(changed(section, **keys)))
+
+
+def choices(hint: object) -> list[object]:
+    """All values of all Literals in an annotation."""
+    parts = get_args(hint)
+    return list(parts) if get_origin(hint) is Literal else [value for part in parts for value in choices(part)]
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_recipe_may_name_every_choice_that_an_algorithm_knows(name: str) -> None:
+    for hint in get_type_hints(ALGORITHMS[name]).values():
+        assert [schema.convert(value, hint) for value in choices(hint)] == choices(hint)
 
 
 def test_a_section_that_is_missing_names_what_it_must_hold() -> None:

@@ -75,7 +75,7 @@ class FFALoRA:
     spec: ModelSpec
     profile: MemoryProfile
     rank: int = 8
-    participation: planning.Participation | Literal["ranks"] = "all"
+    participation: Literal[planning.Participation, "ranks"] = "all"
     ranks: tuple[int, ...] = ()
     weights: Literal["examples", "uniform"] = "examples"
     noise_multiplier: float | None = None
