@@ -680,6 +680,29 @@ def test_the_paired_test_is_scipys_over_the_differences_of_the_best_two() -> Non
     assert list(lower.differences.values()) == pytest.approx([0.4, -0.28, 0.53])  # how much better the lower is
 
 
+def test_the_best_is_held_against_each_other_where_the_cheaper_of_the_two_ends() -> None:
+    from scipy import stats
+
+    best = a_method("best", a_run(0.8, 400), a_run(0.9, 400))
+    cheap = a_method("cheap", a_run(0.5, 100), a_run(0.7, 100))
+    dear = a_method("dear", a_run(0.6, 800), a_run(0.5, 800))
+    nobody = a_method("nobody", a_run(0.1, 0), a_run(0.1, 0))
+    half = a_method("half", a_run(0.9, 20, done=False), a_run(0.9, 20, done=False))
+    found = figures.leads([cheap, nobody, best, dear, half], ACCURACY, rounds=4, last=1)
+    by = {(lead.other, lead.axis): lead for lead in found}
+    assert {other for other, _ in by} == {"cheap", "dear", "nobody"}
+    assert by["cheap", "rounds"].differences == pytest.approx({0: 0.3, 1: 0.2})
+    assert by["cheap", "bytes"].limit == 100  # where cheap ends; best is a quarter of the way
+    assert by["cheap", "bytes"].differences == pytest.approx({0: 0.2 - 0.5, 1: 0.225 - 0.7})
+    assert by["dear", "bytes"].limit == 400  # where best ends; dear is half way
+    assert by["dear", "bytes"].differences == pytest.approx({0: 0.8 - 0.3, 1: 0.9 - 0.25})
+    assert by["dear", "bytes"].p == pytest.approx(stats.ttest_rel((0.8, 0.9), (0.3, 0.25)).pvalue)
+    assert ("nobody", "bytes") not in by
+    losses = figures.leads([best, dear], Goal("loss", higher_is_better=False), rounds=4, last=1)
+    assert losses[0].differences == pytest.approx({0: 0.2, 1: 0.4})  # dear leads, by as much as it is lower
+    assert figures.leads([best], ACCURACY, rounds=4, last=1) == ()
+
+
 def test_one_seed_or_no_spread_gives_no_p_value() -> None:
     one = [MethodFigures(name, {0: a_run(score, 10)}, 1) for name, score in (("a", 0.5), ("b", 0.4))]
     same = [a_method("a", a_run(0.5, 1), a_run(0.5, 1)), a_method("b", a_run(0.25, 1), a_run(0.25, 1))]

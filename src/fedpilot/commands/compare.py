@@ -156,6 +156,9 @@ def show_report(console: Console, found: Report, *, tables: bool) -> None:
         header, cells = report.equal_rows(found)
         if len(header) > 1:
             wide.print(report.screen_table(f"{found.goal.metric} at equal cost", header, cells))
+        header, cells = report.lead_rows(found)
+        if cells:
+            wide.print(report.screen_table(f"Lead of {found.methods[0].name} in {found.goal.metric}", header, cells))
     for sentence in report.sentences(found):
         console.print(sentence, soft_wrap=True)
     written = report.write(found)

@@ -1,5 +1,6 @@
 """Numbers of a comparison, read off the records of its runs; pure functions."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -253,15 +254,20 @@ def at_equal(methods: Sequence[MethodFigures], axis: Axis, *, rounds: int, last:
     limit = totals[set_by]
     values = {}
     for method in methods:
-        # Within a method, seeds differ a little in their totals: each is read at its own share of the limit.
-        own = totals.get(method.name)
-        read = [
-            read_off(run, axis, _own_limit(run, axis, limit, own), rounds=rounds, last=last)
-            for run in method.runs.values()
-        ]
-        if (found := mean_of(read)) is not None:
+        read = _read_all(method, axis, limit, totals.get(method.name), rounds=rounds, last=last)
+        if (found := mean_of(list(read.values()))) is not None:
             values[method.name] = found
     return Equal(axis, limit, set_by, values)
+
+
+def _read_all(
+    method: MethodFigures, axis: Axis, limit: float, mean_total: float | None, *, rounds: int, last: int
+) -> dict[int, float | None]:
+    """Seed -> the metric at the limit. Seeds differ in their totals: each is read at its share of the limit."""
+    return {
+        seed: read_off(run, axis, _own_limit(run, axis, limit, mean_total), rounds=rounds, last=last)
+        for seed, run in method.runs.items()
+    }
 
 
 def _total(run: RunFigures, axis: Axis) -> float | None:
@@ -337,11 +343,63 @@ def paired_test(methods: Sequence[MethodFigures], goal: Goal) -> PairedTest | No
     differences = {
         seed: sign * (_score(best.runs[seed]) - _score(second.runs[seed])) for seed in best.runs if seed in second.runs
     }
-    values = list(differences.values())
-    if len(values) < 2 or len(set(values)) == 1:
-        return PairedTest(best.name, second.name, differences, None, None)
-    t, p = (float(number) for number in stats.ttest_1samp(values, 0.0))
-    return PairedTest(best.name, second.name, differences, t, p)
+    return PairedTest(best.name, second.name, differences, *_t_test(list(differences.values())))
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far the best method is ahead of another one where both have taken as much of an axis.
+
+    Attributes:
+        other: The other method.
+        axis: The axis.
+        limit: The smaller one of their two totals, as means over seeds.
+        differences: Seed -> how much better the best one was there.
+        p: Of a two-sided paired t test; ``None`` where there are fewer than two seeds, or no spread at all.
+    """
+
+    other: str
+    axis: Axis
+    limit: float
+    differences: Mapping[int, float]
+    p: float | None
+
+
+def leads(methods: Sequence[MethodFigures], goal: Goal, *, rounds: int, last: int) -> tuple[Lead, ...]:
+    """The best method against each other one that finished, best first, on each axis that both know.
+
+    Unlike `at_equal`, which reads all methods where the cheapest ends, each pair is read where its cheaper one ends.
+    """
+    ranked = ranking([method for method in methods if method.finished], goal)
+    found = []
+    for other, axis in itertools.product(ranked[1:], AXES):
+        pair = (ranked[0], other)
+        totals = [mean_of([_total(run, axis) for run in method.runs.values()]) for method in pair]
+        means = [total.mean for total in totals if total is not None]
+        if len(means) < 2 or not min(means) > 0:
+            continue
+        limit = min(means)
+        ours, theirs = (
+            _read_all(method, axis, limit, mean, rounds=rounds, last=last)
+            for method, mean in zip(pair, means, strict=True)
+        )
+        sign = 1.0 if goal.higher_is_better else -1.0
+        differences = {
+            seed: sign * (value - their)
+            for seed, value in ours.items()
+            if value is not None and (their := theirs.get(seed)) is not None
+        }
+        if differences:
+            found.append(Lead(other.name, axis, limit, differences, _t_test(list(differences.values()))[1]))
+    return tuple(found)
+
+
+def _t_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
+    """(t, two-sided p) of paired differences; ``None`` where there are fewer than two, or no spread at all."""
+    if len(differences) < 2 or len(set(differences)) == 1:
+        return None, None
+    t, p = (float(number) for number in stats.ttest_1samp(differences, 0.0))
+    return t, p
 
 
 def ranking(methods: Sequence[MethodFigures], goal: Goal) -> list[MethodFigures]:

@@ -16,6 +16,7 @@ from fedpilot.compare.figures import (
     NUMBERS,
     Axis,
     Equal,
+    Lead,
     Mean,
     MethodFigures,
     PairedTest,
@@ -23,6 +24,8 @@ from fedpilot.compare.figures import (
     at_equal,
     band,
     block_shares,
+    leads,
+    mean_of,
     paired_test,
     ranking,
     run_figures,
@@ -56,6 +59,7 @@ class Report:
         methods: Figures, best method first; those without a score behind, in the order asked for.
         equal: What all stand at, on each axis that is known.
         test: The best two.
+        leads: The best method against each other one.
     """
 
     made: Study
@@ -64,6 +68,7 @@ class Report:
     methods: tuple[MethodFigures, ...]
     equal: tuple[Equal, ...]
     test: PairedTest | None
+    leads: tuple[Lead, ...] = ()
 
 
 def read(made: Study, target: float | None = None) -> Report:
@@ -79,7 +84,8 @@ def read(made: Study, target: float | None = None) -> Report:
     rounds, last = made.recipe.run.rounds, made.recipe.evaluation.last
     found = (at_equal(methods, axis, rounds=rounds, last=last) for axis in AXES)
     equal = tuple(one for one in found if one is not None)
-    return Report(made, goal, target, (*ranked, *behind), equal, paired_test(methods, goal))
+    ahead = leads(methods, goal, rounds=rounds, last=last)
+    return Report(made, goal, target, (*ranked, *behind), equal, paired_test(methods, goal), ahead)
 
 
 def _figures(member: Member, lines: Sequence[Mapping[str, object]], goal: Goal, target: float | None) -> RunFigures:
@@ -155,6 +161,22 @@ def equal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return header, [[name, *(_pm(4)(equal.values.get(name)) for equal in report.equal)] for name in names]
 
 
+def lead_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of how far the best method is ahead of each other one."""
+    cells: dict[str, dict[Axis, str]] = {}
+    for lead in report.leads:
+        cells.setdefault(lead.other, {})[lead.axis] = _lead(lead)
+    header = ["ahead of", *(f"at equal {AXIS_NAMES[axis]}" for axis in AXES)]
+    return header, [[other, *(of.get(axis, "-") for axis in AXES)] for other, of in cells.items()]
+
+
+def _lead(lead: Lead) -> str:
+    found = mean_of(list(lead.differences.values()))
+    assert found is not None, "a lead has at least one seed"
+    spread = f" ± {found.sd:.4f}" if found.n > 1 else ""
+    return f"{found.mean:+.4f}{spread}" + ("" if lead.p is None else f" (p {lead.p:.3f})")
+
+
 def limits(report: Report) -> list[str]:
     """Where "equal" is, in words."""
     show: Mapping[Axis, Show] = {
@@ -187,6 +209,10 @@ def sentences(report: Report) -> list[str]:
         words.append(f"Not finished: {', '.join(unfinished)}; their numbers are those of the rounds so far.")
     if report.test is not None:
         words.append(report.test.words(report.goal.metric))
+        words.append(
+            f"Ahead of: how much better {report.test.best} was, as mean and deviation over seeds with the p of "
+            "a paired t-test; at as many bytes or seconds as the cheaper one of the two took in all."
+        )
     return [*words, *limits(report)]
 
 
@@ -204,7 +230,7 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     """The report as a page."""
     made = report.made
     parts = [f"# {made.recipe.run.name}: {len(made.methods)} methods, {made.seeds} seeds", ""]
-    for header, cells in (rows(report), equal_rows(report)):
+    for header, cells in (rows(report), equal_rows(report), lead_rows(report)):
         if len(header) > 1 and cells:
             parts += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
             parts += [f"| {' | '.join(row)} |" for row in cells] + [""]
@@ -239,6 +265,7 @@ def as_json(report: Report) -> dict[str, object]:
             }
             for equal in report.equal
         },
+        "leads": [asdict(lead) for lead in report.leads],
         "paired_test": None
         if test is None
         else {**asdict(test), "n": len(test.differences), "words": test.words(report.goal.metric)},
