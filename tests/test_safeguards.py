@@ -103,6 +103,7 @@ ACCEPTED: dict[str, list[tuple[dict[str, Any], tuple[str, ...]]]] = {
         ({}, OPEN),
         (UNIFORM, ALL),
         ({"participation": "ranks", **UNIFORM}, ALL),
+        ({"participation": "straggler", **UNIFORM}, ALL),
         ({"noise_multiplier": 1.0, **UNIFORM}, ()),
         ({"epsilon": 3.0, **UNIFORM}, ()),
     ],

@@ -252,15 +252,22 @@ def straggler(profile: MemoryProfile) -> FedIT:
     return FedIT(SPEC, profile, rank=2, weights="uniform", participation="straggler", budget_bytes=budget)
 
 
+def ffa_straggler(profile: MemoryProfile) -> FFALoRA:
+    """The same with B alone."""
+    budget = memory.peak_bytes(profile, planning.train_blocks(SPEC, 0, 2, [SPEC.num_blocks - 1], "B"))
+    return FFALoRA(SPEC, profile, rank=2, weights="uniform", participation="straggler", budget_bytes=budget)
+
+
 @pytest.mark.parametrize(
     ("make", "frozen"),
     [
         (straggler, tuple(lora.names(["blocks.0.linear", "blocks.1.linear"]))),
         (lambda profile: FFALoRA(SPEC, profile, rank=2, weights="uniform", participation="ranks"), ("lora_A",)),
+        (ffa_straggler, ("lora_A", *lora.names(["blocks.0.linear", "blocks.1.linear"]))),
         (lambda profile: FedIT(SPEC, profile, rank=2, weights="uniform", participation="exclusive"), ()),
         *((BESIDE_PAIRS[name], ()) for name in LEAVE_OUT),
     ],
-    ids=["fedit-straggler", "ffa-lora", "fedit", *LEAVE_OUT],
+    ids=["fedit-straggler", "ffa-lora", "ffa-lora-straggler", "fedit", *LEAVE_OUT],
 )
 def test_the_noise_falls_on_the_same_tensors_whoever_was_sampled(make, frozen, profile: MemoryProfile) -> None:  # type: ignore[no-untyped-def]
     """Or the release would say whether the cohort was empty, which the accountant takes for hidden."""
