@@ -186,10 +186,11 @@ def straggler_blocks(
     """
     if budget_bytes is None:
         raise PlanError("budget_bytes must be the population's smallest budget for participation 'straggler'")
-    suffixes = [range(first, spec.num_blocks) for first in range(spec.num_blocks)]
-    plans = (train_blocks(spec, -1, rank, blocks, factors) for blocks in suffixes)
-    peaks = [memory.peak_bytes(profile, plan) for plan in plans]
-    return next((blocks for blocks, peak in zip(suffixes, peaks, strict=True) if peak <= budget_bytes), suffixes[-1])
+    for first in range(spec.num_blocks):
+        blocks = range(first, spec.num_blocks)
+        if memory.peak_bytes(profile, train_blocks(spec, -1, rank, blocks, factors)) <= budget_bytes:
+            return blocks
+    return blocks
 
 
 def largest_suffixes(
