@@ -74,6 +74,11 @@ name = "fedit"
 [methods.lower]
 name = "fedit"
 set = ["training.learning_rate=0.001"]
+
+[methods.mean]
+name = "fed-pilot"
+ig_examples = 4
+temporal_mean = 0.0
 """
 
 
@@ -284,6 +289,25 @@ def test_a_search_chooses_on_validation_data_and_all_runs_of_the_method_take_wha
     other = fedpilot("compare", str(folder / "toy.toml"), *options, "--tune", "training.learning_rate=1", *search[2:])
     assert other.exit_code == 1
     assert "must come from this search" in other.output
+
+
+def test_a_further_form_of_a_methods_outcome_has_rows_of_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "run_in_processes", run_here)
+    options = ("--algorithms", "mean,fed-pilot", "--seeds", "1", "--out", str(tmp_path / "out"))
+    result = fedpilot("compare", str(folder / "toy.toml"), *options)
+    assert result.exit_code == 0, result.output
+
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    newest, plain = found["forms"]["mean, newest"]["runs"]["0"], found["methods"]["fed-pilot"]["runs"]["0"]
+    assert newest["points"] == plain["points"][1:]  # the mean changes what is deployed, not what clients go on from
+    assert (newest["score"], newest["test"]) == (plain["score"], plain["test"])
+    assert newest["score"] != found["methods"]["mean"]["runs"]["0"]["score"]
+    assert list(found["forms"]) == ["mean, newest"]
+    assert "mean, newest" in found["equal"]["rounds"]["values"]
+    assert "| mean, newest |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert found["paired_test"]["best"] in ("mean", "fed-pilot")
 
 
 def failing(problems: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,6 +725,10 @@ def test_the_best_is_held_against_each_other_where_the_cheaper_of_the_two_ends()
     losses = figures.leads([best, dear], Goal("loss", higher_is_better=False), rounds=4, last=1)
     assert losses[0].differences == pytest.approx({0: 0.2, 1: 0.4})  # dear leads, by as much as it is lower
     assert figures.leads([best], ACCURACY, rounds=4, last=1) == ()
+    better = a_method("cheap, newest", a_run(0.9, 100), a_run(0.9, 100))
+    held = figures.leads([cheap, best], ACCURACY, rounds=4, last=1, forms=[better])  # a form never leads
+    assert [lead.other for lead in held if lead.axis == "rounds"] == ["cheap, newest", "cheap"]
+    assert held[0].differences == pytest.approx({0: -0.1, 1: 0.0})
 
 
 def test_one_seed_or_no_spread_gives_no_p_value() -> None:

@@ -135,6 +135,12 @@ def run_figures(
     )
 
 
+def forms(lines: Sequence[Line], metric: str) -> list[str]:
+    """Further forms of a run's outcome whose metric is on record, by prefix: ``newest_loss`` is of ``newest``."""
+    names = {name for line in lines for name in cast(Mapping[str, float | None], line["metrics"])}
+    return sorted(name.removesuffix(f"_{metric}") for name in names if name.endswith(f"_{metric}"))
+
+
 def score(points: Sequence[Point], rounds: int, last: int) -> float:
     """Mean of the evaluations of the last rounds; NaN where there are none."""
     values = [point.value for point in points if point.round > max(rounds - last, 0)]
@@ -365,15 +371,19 @@ class Lead:
     p: float | None
 
 
-def leads(methods: Sequence[MethodFigures], goal: Goal, *, rounds: int, last: int) -> tuple[Lead, ...]:
+def leads(
+    methods: Sequence[MethodFigures], goal: Goal, *, rounds: int, last: int, forms: Sequence[MethodFigures] = ()
+) -> tuple[Lead, ...]:
     """The best method against each other one that finished, best first, on each axis that both know.
 
     Unlike `at_equal`, which reads all methods where the cheapest ends, each pair is read where its cheaper one ends.
+    The best is one of the methods; their further forms are among the others.
     """
-    ranked = ranking([method for method in methods if method.finished], goal)
+    best = ranking([method for method in methods if method.finished], goal)[:1]
+    ranked = ranking([method for method in (*methods, *forms) if method.finished and method not in best], goal)
     found = []
-    for other, axis in itertools.product(ranked[1:], AXES):
-        pair = (ranked[0], other)
+    for leader, other, axis in itertools.product(best, ranked, AXES):
+        pair = (leader, other)
         totals = [mean_of([_total(run, axis) for run in method.runs.values()]) for method in pair]
         means = [total.mean for total in totals if total is not None]
         if len(means) < 2 or not min(means) > 0:

@@ -4,13 +4,14 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from rich.table import Table
 
 from fedpilot import checkpoint, jobs
+from fedpilot.compare import figures
 from fedpilot.compare.figures import (
     AXES,
     NUMBERS,
@@ -59,7 +60,9 @@ class Report:
         methods: Figures, best method first; those without a score behind, in the order asked for.
         equal: What all stand at, on each axis that is known.
         test: The best two.
-        leads: The best method against each other one.
+        leads: The best method against each other one, and against the further forms.
+        forms: What else the methods' runs deploy, evaluated beside: Fed-piLot's newest adapter where it deploys a mean
+            over rounds, FedBiOT's emulator. Named ``METHOD, FORM``.
     """
 
     made: Study
@@ -69,23 +72,30 @@ class Report:
     equal: tuple[Equal, ...]
     test: PairedTest | None
     leads: tuple[Lead, ...] = ()
+    forms: tuple[MethodFigures, ...] = ()
 
 
 def read(made: Study, target: float | None = None) -> Report:
     """The figures of whatever the folder holds by now."""
     goal = setup.goal(made.recipe)
     runs: dict[str, dict[int, RunFigures]] = {method: {} for method in made.methods}
+    further: dict[str, dict[int, RunFigures]] = {}
     for member in made.members():
         if lines := member.lines():
             runs[member.method][member.seed] = _figures(member, lines, goal, target)
+            for form in figures.forms(lines, goal.metric):
+                its = replace(goal, metric=f"{form}_{goal.metric}")
+                of_form = further.setdefault(f"{member.method}, {form}", {})
+                of_form[member.seed] = _figures(member, lines, its, target)
     methods = [MethodFigures(method, runs[method], made.seeds) for method in made.methods]
+    forms = tuple(MethodFigures(form, of_seeds, made.seeds) for form, of_seeds in further.items())
     ranked = ranking([method for method in methods if method.finished], goal)
     behind = [method for method in methods if method not in ranked]
     rounds, last = made.recipe.run.rounds, made.recipe.evaluation.last
-    found = (at_equal(methods, axis, rounds=rounds, last=last) for axis in AXES)
+    found = (at_equal([*methods, *forms], axis, rounds=rounds, last=last) for axis in AXES)
     equal = tuple(one for one in found if one is not None)
-    ahead = leads(methods, goal, rounds=rounds, last=last)
-    return Report(made, goal, target, (*ranked, *behind), equal, paired_test(methods, goal), ahead)
+    ahead = leads(methods, goal, rounds=rounds, last=last, forms=forms)
+    return Report(made, goal, target, (*ranked, *behind), equal, paired_test(methods, goal), ahead, forms)
 
 
 def _figures(member: Member, lines: Sequence[Mapping[str, object]], goal: Goal, target: float | None) -> RunFigures:
@@ -138,7 +148,16 @@ def rows(report: Report) -> tuple[list[str], list[list[str]]]:
     }
     if report.target is not None:
         columns[f"rounds to {report.target:g}"] = _to_target
-    return list(columns), [[show(method) for show in columns.values()] for method in report.methods]
+    return list(columns), [[show(method) for show in columns.values()] for method in _with_forms(report)]
+
+
+def _with_forms(report: Report) -> list[MethodFigures]:
+    """The methods in their order, each one's further forms behind it."""
+    return [
+        row
+        for method in report.methods
+        for row in (method, *(form for form in report.forms if form.name.startswith(f"{method.name}, ")))
+    ]
 
 
 def _peak(method: MethodFigures) -> str:
@@ -157,7 +176,8 @@ def _to_target(method: MethodFigures) -> str:
 def equal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table at equal rounds, bytes and predicted client seconds."""
     header = ["method", *(f"at equal {AXIS_NAMES[equal.axis]}" for equal in report.equal)]
-    names = [method.name for method in report.methods if any(method.name in equal.values for equal in report.equal)]
+    rows = [method.name for method in _with_forms(report)]
+    names = [name for name in rows if any(name in equal.values for equal in report.equal)]
     return header, [[name, *(_pm(4)(equal.values.get(name)) for equal in report.equal)] for name in names]
 
 
@@ -207,6 +227,8 @@ def sentences(report: Report) -> list[str]:
     unfinished = [method.name for method in report.methods if not method.finished]
     if unfinished:
         words.append(f"Not finished: {', '.join(unfinished)}; their numbers are those of the rounds so far.")
+    if report.forms:
+        words.append(f"Further forms of what the same runs deploy: {'; '.join(form.name for form in report.forms)}.")
     if report.test is not None:
         words.append(report.test.words(report.goal.metric))
         words.append(
@@ -257,6 +279,7 @@ def as_json(report: Report) -> dict[str, object]:
         "target": report.target,
         "tuned": {method: list(overrides) for method, overrides in made.tuned.items()},
         "methods": {method.name: _method_json(method) for method in report.methods},
+        "forms": {form.name: _method_json(form) for form in report.forms},
         "equal": {
             equal.axis: {
                 "limit": equal.limit,
