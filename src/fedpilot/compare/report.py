@@ -176,8 +176,8 @@ def _to_target(method: MethodFigures) -> str:
 def equal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table at equal rounds, bytes and predicted client seconds."""
     header = ["method", *(f"at equal {AXIS_NAMES[equal.axis]}" for equal in report.equal)]
-    rows = [method.name for method in _with_forms(report)]
-    names = [name for name in rows if any(name in equal.values for equal in report.equal)]
+    ordered = [method.name for method in _with_forms(report)]
+    names = [name for name in ordered if any(name in equal.values for equal in report.equal)]
     return header, [[name, *(_pm(4)(equal.values.get(name)) for equal in report.equal)] for name in names]
 
 
