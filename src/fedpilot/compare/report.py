@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -61,7 +61,7 @@ class Report:
         equal: What all stand at, on each axis that is known.
         test: The best two.
         leads: The best method against each other one, and against the further forms.
-        forms: What else the methods' runs deploy, evaluated beside: Fed-piLot's newest adapter where it deploys a mean
+        forms: Method -> what else its runs deploy, evaluated beside: Fed-piLot's newest adapter where it deploys a mean
             over rounds, FedBiOT's emulator. Named ``METHOD, FORM``.
     """
 
@@ -72,29 +72,37 @@ class Report:
     equal: tuple[Equal, ...]
     test: PairedTest | None
     leads: tuple[Lead, ...] = ()
-    forms: tuple[MethodFigures, ...] = ()
+    forms: Mapping[str, tuple[MethodFigures, ...]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[MethodFigures, ...]:
+        """The methods in their order, each one's further forms behind it."""
+        return tuple(row for method in self.methods for row in (method, *self.forms.get(method.name, ())))
 
 
 def read(made: Study, target: float | None = None) -> Report:
     """The figures of whatever the folder holds by now."""
     goal = setup.goal(made.recipe)
     runs: dict[str, dict[int, RunFigures]] = {method: {} for method in made.methods}
-    further: dict[str, dict[int, RunFigures]] = {}
+    further: dict[str, dict[str, dict[int, RunFigures]]] = {method: {} for method in made.methods}
     for member in made.members():
         if lines := member.lines():
             runs[member.method][member.seed] = _figures(member, lines, goal, target)
             for form in figures.forms(lines, goal.metric):
                 its = replace(goal, metric=f"{form}_{goal.metric}")
-                of_form = further.setdefault(f"{member.method}, {form}", {})
-                of_form[member.seed] = _figures(member, lines, its, target)
+                further[member.method].setdefault(form, {})[member.seed] = _figures(member, lines, its, target)
     methods = [MethodFigures(method, runs[method], made.seeds) for method in made.methods]
-    forms = tuple(MethodFigures(form, of_seeds, made.seeds) for form, of_seeds in further.items())
+    forms = {
+        method: tuple(MethodFigures(f"{method}, {form}", seeds, made.seeds) for form, seeds in of_method.items())
+        for method, of_method in further.items()
+    }
+    beside = [form for of_method in forms.values() for form in of_method]
     ranked = ranking([method for method in methods if method.finished], goal)
     behind = [method for method in methods if method not in ranked]
     rounds, last = made.recipe.run.rounds, made.recipe.evaluation.last
-    found = (at_equal([*methods, *forms], axis, rounds=rounds, last=last) for axis in AXES)
+    found = (at_equal([*methods, *beside], axis, rounds=rounds, last=last) for axis in AXES)
     equal = tuple(one for one in found if one is not None)
-    ahead = leads(methods, goal, rounds=rounds, last=last, forms=forms)
+    ahead = leads(methods, goal, rounds=rounds, last=last, forms=beside)
     return Report(made, goal, target, (*ranked, *behind), equal, paired_test(methods, goal), ahead, forms)
 
 
@@ -148,16 +156,7 @@ def rows(report: Report) -> tuple[list[str], list[list[str]]]:
     }
     if report.target is not None:
         columns[f"rounds to {report.target:g}"] = _to_target
-    return list(columns), [[show(method) for show in columns.values()] for method in _with_forms(report)]
-
-
-def _with_forms(report: Report) -> list[MethodFigures]:
-    """The methods in their order, each one's further forms behind it."""
-    return [
-        row
-        for method in report.methods
-        for row in (method, *(form for form in report.forms if form.name.startswith(f"{method.name}, ")))
-    ]
+    return list(columns), [[show(method) for show in columns.values()] for method in report.rows]
 
 
 def _peak(method: MethodFigures) -> str:
@@ -176,8 +175,7 @@ def _to_target(method: MethodFigures) -> str:
 def equal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table at equal rounds, bytes and predicted client seconds."""
     header = ["method", *(f"at equal {AXIS_NAMES[equal.axis]}" for equal in report.equal)]
-    ordered = [method.name for method in _with_forms(report)]
-    names = [name for name in ordered if any(name in equal.values for equal in report.equal)]
+    names = [row.name for row in report.rows if any(row.name in equal.values for equal in report.equal)]
     return header, [[name, *(_pm(4)(equal.values.get(name)) for equal in report.equal)] for name in names]
 
 
@@ -227,8 +225,8 @@ def sentences(report: Report) -> list[str]:
     unfinished = [method.name for method in report.methods if not method.finished]
     if unfinished:
         words.append(f"Not finished: {', '.join(unfinished)}; their numbers are those of the rounds so far.")
-    if report.forms:
-        words.append(f"Further forms of what the same runs deploy: {'; '.join(form.name for form in report.forms)}.")
+    if further := [form.name for of_method in report.forms.values() for form in of_method]:
+        words.append(f"Further forms of what the same runs deploy: {'; '.join(further)}.")
     if report.test is not None:
         words.append(report.test.words(report.goal.metric))
         words.append(
@@ -279,7 +277,7 @@ def as_json(report: Report) -> dict[str, object]:
         "target": report.target,
         "tuned": {method: list(overrides) for method, overrides in made.tuned.items()},
         "methods": {method.name: _method_json(method) for method in report.methods},
-        "forms": {form.name: _method_json(form) for form in report.forms},
+        "forms": {form.name: _method_json(form) for of_method in report.forms.values() for form in of_method},
         "equal": {
             equal.axis: {
                 "limit": equal.limit,
