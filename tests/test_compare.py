@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -308,6 +309,11 @@ def test_a_further_form_of_a_methods_outcome_has_rows_of_its_own(
     assert "mean, newest" in found["equal"]["rounds"]["values"]
     assert "| mean, newest |" in (tmp_path / "out" / "comparison.md").read_text()
     assert found["paired_test"]["best"] in ("mean", "fed-pilot")
+
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = dict(re.findall(r'<th scope="row">([^<]+)</th><td>1</td><td>3</td><td>([^<]+)</td>', page))
+    assert shown["mean, newest"] == shown["fed-pilot"] != shown["mean"]
+    assert "Accuracy, newest" in page
 
 
 def failing(problems: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, cast
 
@@ -135,9 +135,14 @@ def run_figures(
     )
 
 
-def forms(lines: Sequence[Line], metric: str) -> list[str]:
-    """Further forms of a run's outcome whose metric is on record, by prefix: ``newest_loss`` is of ``newest``."""
-    names = {name for line in lines for name in cast(Mapping[str, float | None], line["metrics"])}
+def forms(metrics: Iterable[Iterable[str]], metric: str) -> list[str]:
+    """Further forms of a run's outcome, by prefix: ``newest_loss`` is of ``newest``.
+
+    Args:
+        metrics: The names that each round has on record.
+        metric: The one that decides.
+    """
+    names = {name for of_round in metrics for name in of_round}
     return sorted(name.removesuffix(f"_{metric}") for name in names if name.endswith(f"_{metric}"))
 
 

@@ -88,7 +88,7 @@ def read(made: Study, target: float | None = None) -> Report:
     for member in made.members():
         if lines := member.lines():
             runs[member.method][member.seed] = _figures(member, lines, goal, target)
-            for form in figures.forms(lines, goal.metric):
+            for form in figures.forms((cast(Mapping[str, object], line["metrics"]) for line in lines), goal.metric):
                 its = replace(goal, metric=f"{form}_{goal.metric}")
                 further[member.method].setdefault(form, {})[member.seed] = _figures(member, lines, its, target)
     methods = [MethodFigures(method, runs[method], made.seeds) for method in made.methods]

@@ -55,6 +55,13 @@ def course(groups: Sequence[Group]) -> list[Figure]:
             from_zero=True,
         ),
     ]
+    for form in sorted({form for group in same for form in group.forms}):
+        figures.append(
+            _over(
+                *(groups, same, form, f"{metric.capitalize()}, {form}", _rounds, _metric(f"{form}_{metric}"), "round"),
+                f"{metric.capitalize()} of a further form of what the same runs deploy, called {form}.",
+            )
+        )
     facts = sorted({name for group in groups for run in group.runs for name in _plain_facts(run)})
     for number, fact in enumerate(facts):
         title = FACT_NAMES.get(fact, fact.replace("_", " ").capitalize())

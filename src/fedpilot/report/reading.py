@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpilot.compare.figures import Mean, Point, mean_of, score
+from fedpilot.compare.figures import Mean, Point, forms, mean_of, score
 from fedpilot.errors import RecordError
 from fedpilot.record import RunDirectory
 from fedpilot.report import people
@@ -244,6 +244,17 @@ class Group:
     def over_seeds(self, values: Iterable[float | None]) -> Mean | None:
         """Mean and spread; ``None`` where no seed knows it."""
         return mean_of(list(values))
+
+    @property
+    def forms(self) -> Mapping[str, "Group"]:
+        """What else the runs deploy, by name: the same runs, each with that form's metric as the one that decides."""
+        metric = self.first.goal.metric
+        names = forms((line.metrics for run in self.runs for line in run.rounds), metric)
+        goals = {name: replace(self.first.goal, metric=f"{name}_{metric}") for name in names}
+        return {
+            name: Group(f"{self.label}, {name}", tuple(replace(run, goal=goal) for run in self.runs))
+            for name, goal in goals.items()
+        }
 
 
 def find(paths: Sequence[Path]) -> list[Group]:

@@ -12,7 +12,7 @@ from fedpilot.report.svg import Table
 
 
 def totals(groups: Sequence[Group]) -> Table:
-    """What each method came to, with its spread over seeds."""
+    """What each method came to, with its spread over seeds; the further forms of what it deploys behind it."""
 
     def over(group: Group, read: Callable[[Run], float | None], show: Callable[[float], str]) -> str:
         mean = group.over_seeds(read(run) for run in group.runs)
@@ -27,7 +27,7 @@ def totals(groups: Sequence[Group]) -> Table:
         return out / (out + asked) if out + asked else None
 
     rows = []
-    for group in groups:
+    for group in [row for method in groups for row in (method, *method.forms.values())]:
         metric = group.first.goal.metric
         failures = sum(sum(missed.clients.values()) for run in group.runs for missed in run.failures.values())
         rows.append(
