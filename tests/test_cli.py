@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -882,13 +883,19 @@ def test_no_garbage_is_looked_for_while_a_command_imports(monkeypatch: pytest.Mo
 # --- display and log ----------------------------------------------------------------------------------------------
 
 
-def watched(*, terminal: bool) -> str:
+def watched(*, terminal: bool, facts: Mapping[str, float] = MappingProxyType({})) -> str:
     """What a watcher shows of a round with one upload, one failure and one client left out."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=150, highlight=False)
     upload = UploadRecord(0, 8, 2**20, {"loss": 0.25})
     record = RoundRecord(
-        1, uploads=(upload,), bytes_up=2**20, bytes_down=2**21, metrics={"accuracy": 0.5}, seconds={"total": 2.0}
+        1,
+        uploads=(upload,),
+        bytes_up=2**20,
+        bytes_down=2**21,
+        metrics={"accuracy": 0.5},
+        seconds={"total": 2.0},
+        facts=facts,
     )
     with progress.Watcher(console, "method", 3, ["Bern", "Oslo", "Rome"], "accuracy") as watcher:
         watcher.round_done(RoundRecord(0, metrics={"accuracy": 0.125}))
@@ -898,6 +905,11 @@ def watched(*, terminal: bool) -> str:
         watcher._progress.refresh()
         watcher.round_done(record)
     return stream.getvalue()
+
+
+def test_what_a_private_run_has_cost_so_far_is_said_in_each_round() -> None:
+    lines = watched(terminal=False, facts={"epsilon": 4.5119, "score/1": 0.25}).splitlines()
+    assert "accuracy 0.5000  epsilon 4.51  down 2.0 MiB" in lines[-1]
 
 
 def test_without_a_terminal_there_are_plain_lines() -> None:

@@ -198,6 +198,22 @@ def test_all_problems_are_reported_at_once() -> None:
         ("evaluation", {"metric": "accurracy"}, "must be one of auto, accuracy, loss, auc, got"),
         ("algorithm", {"spec": 1}, "r.toml: algorithm.spec must be a known key"),
         ("algorithm", {"name": "hetlora", "r_min": 8, "r_max": 4}, "r.toml: algorithm.r_min must lie in 1..r_max"),
+        (
+            "privacy",
+            {"noise_multiplier": 1.0, "max_epsilon": 8},
+            "r.toml: privacy.noise_multiplier must go with privacy.kind, which turns it on, got none: it would do "
+            'nothing; set privacy.kind to "client" or "local", or remove noise_multiplier',
+        ),
+        (
+            "privacy",
+            {"kind": "client", "min_clients": 3},
+            "r.toml: privacy.min_clients must go with privacy.secure_aggr",
+        ),
+        (
+            "algorithm",
+            {"name": "ffa-lora", "delta": 1e-3},
+            "r.toml: algorithm.delta must go with algorithm.noise_multiplier or algorithm.epsilon, which turns it on",
+        ),
         ("baseline", {"participation": "all"}, "r.toml: baseline.name must be a known algorithm, got nothing"),
     ],
 )
@@ -205,6 +221,29 @@ def test_a_wrong_setting_is_named_with_file_key_value_and_rule(
     section: str, keys: dict[str, object], message: str
 ) -> None:
     assert message in "\n".join(problems(changed(section, **keys)))
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        ("privacy", {"kind": "none", "noise_multiplier": 1.0}),  # turned off in so many words
+        ("privacy", {"kind": "local", "clip": 0.5}),
+        ("privacy", {"secure_aggregation": True, "bits": 64}),
+        ("algorithm", {"name": "ffa-lora", "epsilon": 4.0, "delta": 1e-3}),
+        ("algorithm", {"name": "ffa-lora", "noise_multiplier": "none", "clip": 1.0}),
+    ],
+)
+def test_a_protection_that_is_named_may_have_its_settings(section: str, keys: dict[str, object]) -> None:
+    tables = changed("algorithm", name="fedit")
+    tables.setdefault(section, {}).update(keys)
+    written = read(tables).resolved()[section]
+    assert all(written[key] == (None if value == "none" and key != "kind" else value) for key, value in keys.items())
+
+
+def test_settings_of_a_protection_on_the_command_line_and_of_methods_must_turn_it_on_too() -> None:
+    assert "--set: privacy.clip must go with privacy.kind" in problems(smallest(), "privacy.clip=2")[0]
+    tables = {**smallest(), "methods": {"private": {"name": "ffa-lora", "clip": 1.0}}}
+    assert "algorithm.clip must go with algorithm.noise_multiplier or" in problems(tables)[0]
 
 
 def choices(hint: object) -> list[object]:

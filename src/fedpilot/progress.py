@@ -102,6 +102,7 @@ class Watcher:
             f"{len(record.failures)} failed" if record.failures else "",
             f"loss {_mean(losses):.3f}" if losses else "" if record.round else "before training",
             f"{self.metric} {value:.4f}" if value is not None else "",
+            f"epsilon {record.facts['epsilon']:.3g}" if "epsilon" in record.facts else "",
             f"down {size(record.bytes_down)}  up {size(record.bytes_up)}" if record.round else "",
             clock(seconds) if record.round else "",
             f"left {clock(_mean(self._seconds) * (self.num_rounds - record.round))}" if self._seconds else "",
