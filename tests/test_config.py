@@ -210,6 +210,11 @@ def test_all_problems_are_reported_at_once() -> None:
             "r.toml: privacy.min_clients must go with privacy.secure_aggr",
         ),
         (
+            "defence",
+            {"attackers": 0.3},
+            "r.toml: defence.attackers must go with defence.rule, which turns it on, got none",
+        ),
+        (
             "algorithm",
             {"name": "ffa-lora", "delta": 1e-3},
             "r.toml: algorithm.delta must go with algorithm.noise_multiplier or algorithm.epsilon, which turns it on",

@@ -532,6 +532,7 @@ def _of_recommendation(read: Mapping[str, Any], where: Callable[[str, str], str]
 _PROTECTION: Sequence[tuple[str, Sequence[str], Sequence[str], str]] = (
     ("privacy", ("kind",), ("clip", "noise_multiplier", "delta", "max_epsilon"), '"client" or "local"'),
     ("privacy", ("secure_aggregation",), ("threshold", "min_clients", "bits", "bound"), "true"),
+    ("defence", ("rule",), ("attackers",), '"trimmed-mean" or "multi-krum"'),
     ("algorithm", ("noise_multiplier", "epsilon"), ("clip", "delta"), "a number"),
     ("baseline", ("noise_multiplier", "epsilon"), ("clip", "delta"), "a number"),
 )
