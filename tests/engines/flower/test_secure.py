@@ -445,8 +445,8 @@ def test_all_that_is_wrong_with_a_secure_recipe_is_said_at_once(folder: Path) ->
     assert "take fedit, ffa-lora" in said
     assert "secure_aggregation must go without screening and robust rules" in said
     assert "min_clients must be at most the clients of a round, 2, got 3" in said
+    wrong = ("privacy.threshold=0.4", "privacy.min_clients=2", "privacy.bits=16", "privacy.bound=0.0")
     with pytest.raises(ConfigError) as caught:
-        wrong = ("privacy.threshold=0.4", "privacy.min_clients=2", "privacy.bits=16", "privacy.bound=0.0")
         recipe_of(folder, "privacy.secure_aggregation=true", *wrong)
     assert len(caught.value.problems) == 4
 
