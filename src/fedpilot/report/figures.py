@@ -56,9 +56,10 @@ def course(groups: Sequence[Group]) -> list[Figure]:
         ),
     ]
     for form in sorted({form for group in same for form in group.forms}):
+        title, y_of = f"{metric.capitalize()}, {form}", _metric(f"{form}_{metric}")
         figures.append(
             _over(
-                *(groups, same, form, f"{metric.capitalize()}, {form}", _rounds, _metric(f"{form}_{metric}"), "round"),
+                *(groups, same, f"form-{form}", title, _rounds, y_of, "round"),
                 f"{metric.capitalize()} of a further form of what the same runs deploy, called {form}.",
             )
         )
