@@ -201,23 +201,23 @@ def test_all_problems_are_reported_at_once() -> None:
         (
             "privacy",
             {"noise_multiplier": 1.0, "max_epsilon": 8},
-            "r.toml: privacy.noise_multiplier must go with privacy.kind, which turns it on, got none: it would do "
-            'nothing; set privacy.kind to "client" or "local", or remove noise_multiplier',
+            "r.toml: privacy.noise_multiplier must go with kind, which turns it on, got none: it would do "
+            'nothing; set kind to "client" or "local", or remove noise_multiplier',
         ),
         (
             "privacy",
             {"kind": "client", "min_clients": 3},
-            "r.toml: privacy.min_clients must go with privacy.secure_aggr",
+            "r.toml: privacy.min_clients must go with secure_aggregation, which turns it on, got none",
         ),
         (
             "defence",
             {"attackers": 0.3},
-            "r.toml: defence.attackers must go with defence.rule, which turns it on, got none",
+            "r.toml: defence.attackers must go with rule, which turns it on, got none",
         ),
         (
             "algorithm",
             {"name": "ffa-lora", "delta": 1e-3},
-            "r.toml: algorithm.delta must go with algorithm.noise_multiplier or algorithm.epsilon, which turns it on",
+            "r.toml: algorithm.delta must go with noise_multiplier or epsilon, which turns it on, got none",
         ),
         ("baseline", {"participation": "all"}, "r.toml: baseline.name must be a known algorithm, got nothing"),
     ],
@@ -246,9 +246,11 @@ def test_a_protection_that_is_named_may_have_its_settings(section: str, keys: di
 
 
 def test_settings_of_a_protection_on_the_command_line_and_of_methods_must_turn_it_on_too() -> None:
-    assert "--set: privacy.clip must go with privacy.kind" in problems(smallest(), "privacy.clip=2")[0]
-    tables = {**smallest(), "methods": {"private": {"name": "ffa-lora", "clip": 1.0}}}
-    assert "algorithm.clip must go with algorithm.noise_multiplier or" in problems(tables)[0]
+    assert "--set: privacy.clip must go with kind, which" in problems(smallest(), "privacy.clip=2")[0]
+    (said,) = problems({**smallest(), "methods": {"private": {"name": "ffa-lora", "clip": 1.0}}})
+    assert said.startswith("r.toml: methods.private.clip must go with noise_multiplier or epsilon, which")
+    (said,) = problems({**smallest(), "methods": {"private": {"name": "fedit", "set": ["privacy.clip=2"]}}})
+    assert "privacy.clip must go with kind, which" in said
 
 
 def choices(hint: object) -> list[object]:

@@ -214,8 +214,8 @@ def read_recipe(
         else:
             rules = {key.partition(".")[2]: rule for key, rule in _RULES.items() if key.startswith(f"{name}.")}
             read[name] = schema.build(SECTIONS[name], table, at, problems, rules=rules, hidden=FILLED.get(name, ()))
+            problems += _idle(name, table, at)
     problems += _across(read, where)
-    problems += _idle(known, where)
     methods = _methods(given, sections, file, problems)
     if problems:
         raise ConfigError(problems)
@@ -309,6 +309,7 @@ def _algorithm(table: Table, where: Callable[[str], str], problems: list[str]) -
         problems.append(f"{where(key)} must be an option of {name}, got one of other methods; {who}")
     options = {key: value for key, value in options.items() if key not in foreign}
     values = schema.read(cls, options, where, problems, hidden=FILLED["algorithm"])
+    problems += _idle(name, options, where)
     if len(problems) > before:
         return None
     try:  # its own check looks at the hyper-parameters alone; model and memory profile are not there yet
@@ -317,6 +318,29 @@ def _algorithm(table: Table, where: Callable[[str], str], problems: list[str]) -
         problems.append(where(str(error)))
         return None
     return AlgorithmSettings(name, values)
+
+
+_PROTECTIONS: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str], str]]] = {
+    "privacy": (
+        (("kind",), ("clip", "noise_multiplier", "delta", "max_epsilon"), '"client" or "local"'),
+        (("secure_aggregation",), ("threshold", "min_clients", "bits", "bound"), "true"),
+    ),
+    "defence": ((("rule",), ("attackers",), '"trimmed-mean" or "multi-krum"'),),
+    "ffa-lora": ((("noise_multiplier", "epsilon"), ("clip", "delta"), "a number"),),
+}
+"""Section or algorithm -> keys of which one turns a protection on, keys that say how, what to turn it on with."""
+
+
+def _idle(name: str, table: Table, where: Callable[[str], str]) -> list[str]:
+    """Settings of a protection that is not turned on: who writes them believes to be protected."""
+    return [
+        f"{where(key)} must go with {' or '.join(switches)}, which turns it on, got none: it would do nothing; "
+        f"set {' or '.join(switches)} to {value}, or remove {key}"
+        for switches, keys, value in _PROTECTIONS.get(name, ())
+        if not any(switch in table for switch in switches)
+        for key in keys
+        if key in table
+    ]
 
 
 # --- methods of a comparison --------------------------------------------------------------------------------------
@@ -526,34 +550,6 @@ def _of_recommendation(read: Mapping[str, Any], where: Callable[[str, str], str]
             rule = 'must be "central" unless each client is a user or a group of users, got "federated"'
             advice = 'set partition.kind = "column" and partition.column = "group"'
             problems.append(f"{where('click_model', 'training')} {rule}; {advice}")
-    return problems
-
-
-_PROTECTION: Sequence[tuple[str, Sequence[str], Sequence[str], str]] = (
-    ("privacy", ("kind",), ("clip", "noise_multiplier", "delta", "max_epsilon"), '"client" or "local"'),
-    ("privacy", ("secure_aggregation",), ("threshold", "min_clients", "bits", "bound"), "true"),
-    ("defence", ("rule",), ("attackers",), '"trimmed-mean" or "multi-krum"'),
-    ("algorithm", ("noise_multiplier", "epsilon"), ("clip", "delta"), "a number"),
-    ("baseline", ("noise_multiplier", "epsilon"), ("clip", "delta"), "a number"),
-)
-"""Section, the keys of which one turns a protection on, the keys that say how, what to turn it on with."""
-
-
-def _idle(tables: Mapping[str, Table], where: Callable[[str, str], str]) -> list[str]:
-    """Settings of a protection that nobody turned on: who writes them believes to be protected."""
-    problems: list[str] = []
-    for section, switches, keys, value in _PROTECTION:
-        table = tables.get(section, {})
-        foreign = section in ("algorithm", "baseline") and table.get("name") not in _methods_with(switches[0])
-        if foreign or any(switch in table for switch in switches):
-            continue
-        names = " or ".join(f"{section}.{switch}" for switch in switches)
-        problems += [
-            f"{where(section, key)} must go with {names}, which turns it on, got none: it would do nothing; "
-            f"set {names} to {value}, or remove {key}"
-            for key in keys
-            if key in table
-        ]
     return problems
 
 
