@@ -688,9 +688,14 @@ def test_at_equal_rounds_is_the_score() -> None:
 
 def test_the_end_of_a_curve_is_the_mean_of_its_last_evaluations() -> None:
     run = figures.run_figures(LINES, ACCURACY, rounds=4, last=2)
-    assert figures.read_off(run, "rounds", 4, rounds=4, last=2) == pytest.approx(0.6)
-    assert figures.read_off(run, "rounds", 3, rounds=4, last=2) == pytest.approx(0.5)  # halfway from 0.4 to it
-    assert figures.read_off(run, "bytes", 300, rounds=4, last=2) == pytest.approx(0.6)
+    end, between, at, in_bytes = (
+        figures.read_off(run, axis, limit, rounds=4, last=2)
+        for axis, limit in (("rounds", 4), ("rounds", 3), ("rounds", 2), ("bytes", 300))
+    )
+    assert end == in_bytes == figures.Reading(*[pytest.approx(0.6)] * 3)
+    assert between == figures.Reading(*map(pytest.approx, (0.5, 0.4, 0.6)))  # halfway from round 2 to the end
+    assert at == figures.Reading(0.4, 0.4, 0.4)  # evaluated there, so nothing lies between
+    assert figures.read_off(run, "rounds", 5, rounds=4, last=2) is None
 
 
 def test_the_paired_test_is_scipys_over_the_differences_of_the_best_two() -> None:
@@ -737,10 +742,27 @@ def test_the_best_is_held_against_each_other_where_the_cheaper_of_the_two_ends()
     assert held[0].differences == pytest.approx({0: -0.1, 1: 0.0})
 
 
+def test_a_lead_that_hangs_on_the_line_between_two_evaluations_says_so() -> None:
+    best = a_method("best", a_run(0.8, 400), a_run(0.9, 400))
+    cheap = a_method("cheap", a_run(0.3, 150), a_run(0.3, 150))  # best: .2 and .4, or .225 and .45, around its end
+    weak = a_method("weak", a_run(0.1, 150), a_run(0.2, 150))
+    by = {
+        lead.other: lead for lead in figures.leads([best, cheap, weak], ACCURACY, rounds=4, last=1) if "b" in lead.axis
+    }
+    assert by["cheap"].within == pytest.approx((0.2125 - 0.3, 0.425 - 0.3))
+    assert by["weak"].within == pytest.approx((0.2125 - 0.15, 0.425 - 0.15))
+    assert (by["cheap"].settled, by["weak"].settled) == (False, True)
+    losses = figures.leads([best, cheap], Goal("loss", higher_is_better=False), rounds=4, last=1)
+    (lead,) = (lead for lead in losses if lead.axis == "bytes")  # cheap leads; it is the lower one
+    assert lead.within == pytest.approx((0.2125 - 0.3, 0.425 - 0.3))
+    assert all(lead.settled for lead in losses if lead.axis == "rounds")
+
+
 def test_one_seed_or_no_spread_gives_no_p_value() -> None:
     one = [MethodFigures(name, {0: a_run(score, 10)}, 1) for name, score in (("a", 0.5), ("b", 0.4))]
     same = [a_method("a", a_run(0.5, 1), a_run(0.5, 1)), a_method("b", a_run(0.25, 1), a_run(0.25, 1))]
-    for methods in (one, same):
+    but_for_rounding = [a_method("a", a_run(0.3, 1), a_run(0.4, 1)), a_method("b", a_run(0.1, 1), a_run(0.2, 1))]
+    for methods in (one, same, but_for_rounding):
         found = figures.paired_test(methods, ACCURACY)
         assert found is not None
         assert (found.t, found.p) == (None, None)

@@ -266,14 +266,14 @@ def at_equal(methods: Sequence[MethodFigures], axis: Axis, *, rounds: int, last:
     values = {}
     for method in methods:
         read = _read_all(method, axis, limit, totals.get(method.name), rounds=rounds, last=last)
-        if (found := mean_of(list(read.values()))) is not None:
+        if (found := mean_of([None if one is None else one.value for one in read.values()])) is not None:
             values[method.name] = found
     return Equal(axis, limit, set_by, values)
 
 
 def _read_all(
     method: MethodFigures, axis: Axis, limit: float, mean_total: float | None, *, rounds: int, last: int
-) -> dict[int, float | None]:
+) -> dict[int, "Reading | None"]:
     """Seed -> the metric at the limit. Seeds differ in their totals: each is read at its share of the limit."""
     return {
         seed: read_off(run, axis, _own_limit(run, axis, limit, mean_total), rounds=rounds, last=last)
@@ -291,8 +291,23 @@ def _own_limit(run: RunFigures, axis: Axis, limit: float, mean_total: float | No
     return limit if mean_total is None or total is None or not mean_total else limit * total / mean_total
 
 
-def read_off(run: RunFigures, axis: Axis, limit: float, *, rounds: int, last: int) -> float | None:
-    """The metric of a run at a place on an axis; ``None`` where it has not come so far.
+@dataclass(frozen=True)
+class Reading:
+    """The metric at a place on an axis.
+
+    Attributes:
+        value: On the straight line between the evaluations before and after.
+        low: The lesser of these two; where the run was evaluated at that very place, the value.
+        high: The greater of them.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def read_off(run: RunFigures, axis: Axis, limit: float, *, rounds: int, last: int) -> Reading | None:
+    """A run at a place on an axis; ``None`` where it has not come so far.
 
     Straight lines between evaluations; the last evaluations, whose mean is the score, count as one point at the end.
     """
@@ -306,7 +321,10 @@ def read_off(run: RunFigures, axis: Axis, limit: float, *, rounds: int, last: in
     x, y = zip(*places, strict=True)
     if limit > x[-1] * (1 + 1e-9):
         return None
-    return float(np.interp(limit, x, y))
+    before = max((index for index, place in enumerate(x) if place <= limit * (1 + 1e-9)), default=0)
+    evaluated_there = math.isclose(x[before], limit) or limit < x[before]
+    around = y[before : before + 1 if evaluated_there else before + 2]
+    return Reading(float(np.interp(limit, x, y)), min(around), max(around))
 
 
 # --- who leads ----------------------------------------------------------------------------------------------------
@@ -366,6 +384,8 @@ class Lead:
         axis: The axis.
         limit: The smaller one of their two totals, as means over seeds.
         differences: Seed -> how much better the best one was there.
+        within: The least and the greatest that the mean of the differences can be if each curve has, in place of a
+            straight line, either value of the two evaluations that it is read between.
         p: Of a two-sided paired t test; ``None`` where there are fewer than two seeds, or no spread at all.
     """
 
@@ -373,7 +393,13 @@ class Lead:
     axis: Axis
     limit: float
     differences: Mapping[int, float]
+    within: tuple[float, float]
     p: float | None
+
+    @property
+    def settled(self) -> bool:
+        """Whether who is ahead there does not hang on the line drawn between two evaluations."""
+        return not self.within[0] < 0 < self.within[1]
 
 
 def leads(
@@ -398,20 +424,23 @@ def leads(
             _read_all(method, axis, limit, mean, rounds=rounds, last=last)
             for method, mean in zip(pair, means, strict=True)
         )
+        both = [(seed, one, their) for seed, one in ours.items() if one and (their := theirs.get(seed))]
+        if not both:
+            continue
         sign = 1.0 if goal.higher_is_better else -1.0
-        differences = {
-            seed: sign * (value - their)
-            for seed, value in ours.items()
-            if value is not None and (their := theirs.get(seed)) is not None
-        }
-        if differences:
-            found.append(Lead(other.name, axis, limit, differences, _t_test(list(differences.values()))[1]))
+        differences = {seed: sign * (one.value - their.value) for seed, one, their in both}
+        ends = (
+            statistics.fmean(sign * (one.low - their.high) for _, one, their in both),
+            statistics.fmean(sign * (one.high - their.low) for _, one, their in both),
+        )
+        p = _t_test(list(differences.values()))[1]
+        found.append(Lead(other.name, axis, limit, differences, (min(ends), max(ends)), p))
     return tuple(found)
 
 
 def _t_test(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """(t, two-sided p) of paired differences; ``None`` where there are fewer than two, or no spread at all."""
-    if len(differences) < 2 or len(set(differences)) == 1:
+    """(t, two-sided p) of paired differences; ``None`` where there are fewer than two, or no spread but rounding."""
+    if len(differences) < 2 or max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
         return None, None
     t, p = (float(number) for number in stats.ttest_1samp(differences, 0.0))
     return t, p

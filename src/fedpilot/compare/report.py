@@ -192,7 +192,8 @@ def _lead(lead: Lead) -> str:
     found = mean_of(list(lead.differences.values()))
     assert found is not None, "a lead has at least one seed"
     spread = f" ± {found.sd:.4f}" if found.n > 1 else ""
-    return f"{found.mean:+.4f}{spread}" + ("" if lead.p is None else f" (p {lead.p:.3f})")
+    p = "" if lead.p is None else f" (p {lead.p:.3f})"
+    return f"{'' if lead.settled else '~ '}{found.mean:+.4f}{spread}{p}"
 
 
 def limits(report: Report) -> list[str]:
@@ -232,6 +233,10 @@ def sentences(report: Report) -> list[str]:
         words.append(
             f"Ahead of: how much better {report.test.best} was, as mean and deviation over seeds with the p of "
             "a paired t-test; at as many bytes or seconds as the cheaper one of the two took in all."
+        )
+    if not all(lead.settled for lead in report.leads):
+        words.append(
+            "~: who is ahead there hangs on the straight line between two evaluations; smaller evaluation.every tells."
         )
     return [*words, *limits(report)]
 
