@@ -41,6 +41,23 @@ def test_the_readme_lists_exactly_the_algorithms_that_there_are() -> None:
     assert set(re.findall(r"^\| `([\w-]+)`", section, flags=re.MULTILINE)) == set(ALGORITHMS)
 
 
+def test_the_sizes_that_the_readme_gives_are_those_of_the_source() -> None:
+    def lines(*paths: Path) -> int:
+        return sum(len(path.read_text().splitlines()) for path in paths)
+
+    said = re.search(
+        r"about (\d+) thousand lines .*file of (\d+) .*to (\d+) \(", (ROOT / "README.md").read_text(), re.S
+    )
+    assert said is not None
+    source = ROOT / "src" / "fedpilot"
+    counted = (
+        lines(*source.rglob("*.py")) / 1000,
+        lines(source / "algorithms" / "fedit.py"),
+        lines(source / "algorithms" / "fed_pilot.py"),
+    )
+    assert counted == pytest.approx(tuple(map(float, said.groups())), rel=0.1)
+
+
 def test_every_make_target_that_the_docs_name_is_there() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
