@@ -746,9 +746,8 @@ def test_a_lead_that_hangs_on_the_line_between_two_evaluations_says_so() -> None
     best = a_method("best", a_run(0.8, 400), a_run(0.9, 400))
     cheap = a_method("cheap", a_run(0.3, 150), a_run(0.3, 150))  # best: .2 and .4, or .225 and .45, around its end
     weak = a_method("weak", a_run(0.1, 150), a_run(0.2, 150))
-    by = {
-        lead.other: lead for lead in figures.leads([best, cheap, weak], ACCURACY, rounds=4, last=1) if "b" in lead.axis
-    }
+    found = figures.leads([best, cheap, weak], ACCURACY, rounds=4, last=1)
+    by = {lead.other: lead for lead in found if lead.axis == "bytes"}
     assert by["cheap"].within == pytest.approx((0.2125 - 0.3, 0.425 - 0.3))
     assert by["weak"].within == pytest.approx((0.2125 - 0.15, 0.425 - 0.15))
     assert (by["cheap"].settled, by["weak"].settled) == (False, True)

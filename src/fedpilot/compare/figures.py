@@ -251,6 +251,21 @@ class Equal:
     values: Mapping[str, Mean]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The metric at a place on an axis.
+
+    Attributes:
+        value: On the straight line between the evaluations before and after.
+        low: The lesser of these two; where the run was evaluated at that very place, the value.
+        high: The greater of them.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
 def at_equal(methods: Sequence[MethodFigures], axis: Axis, *, rounds: int, last: int) -> Equal | None:
     """The metric at the smallest total of an axis; ``None`` where no method has finished or the axis is unknown."""
     totals = {
@@ -273,7 +288,7 @@ def at_equal(methods: Sequence[MethodFigures], axis: Axis, *, rounds: int, last:
 
 def _read_all(
     method: MethodFigures, axis: Axis, limit: float, mean_total: float | None, *, rounds: int, last: int
-) -> dict[int, "Reading | None"]:
+) -> dict[int, Reading | None]:
     """Seed -> the metric at the limit. Seeds differ in their totals: each is read at its share of the limit."""
     return {
         seed: read_off(run, axis, _own_limit(run, axis, limit, mean_total), rounds=rounds, last=last)
@@ -289,21 +304,6 @@ def _own_limit(run: RunFigures, axis: Axis, limit: float, mean_total: float | No
     """The limit, in a run's own measure of a whole run where the method's mean total is known."""
     total = _total(run, axis)
     return limit if mean_total is None or total is None or not mean_total else limit * total / mean_total
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The metric at a place on an axis.
-
-    Attributes:
-        value: On the straight line between the evaluations before and after.
-        low: The lesser of these two; where the run was evaluated at that very place, the value.
-        high: The greater of them.
-    """
-
-    value: float
-    low: float
-    high: float
 
 
 def read_off(run: RunFigures, axis: Axis, limit: float, *, rounds: int, last: int) -> Reading | None:
